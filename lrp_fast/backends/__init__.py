@@ -1,0 +1,1 @@
+"""Backends: who executes a plan's layers. ``torch`` runs everywhere; more are added beside it."""

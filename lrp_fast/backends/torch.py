@@ -1,0 +1,665 @@
+"""The torch backend: stacked weights and gates (DESIGN §4).
+
+A linear layer's forward pass runs one convolution with the weights its rule needs stacked on top of its own, and turns
+the denominators into *gates* at once: ``gate_g = numerator · mask_g / stab(z_g)``. Its backward pass multiplies what
+comes in by the gates and runs one transposed convolution. Relevance travels between layers as two tensors,
+``R = x · acc + dense``: whoever multiplies by its input hands over ``acc`` alone, and if nobody else reads x, the product
+with x is in the gate of the layer that made x, so that R itself is never formed.
+
+Every operation is bound once to its weights, dtype, device and input shape. Tensors keep the channels last in memory.
+Where several maps are wanted of one image, they lie in front of the batch: a relevance tensor has (maps · N) rows where
+its gate has N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrp_fast.composites import PoolRule
+from lrp_fast.layers import (
+    AdaptiveAveragePool,
+    AdaptiveMaxPool,
+    Average,
+    AveragePool,
+    Convolution,
+    Dense,
+    Layer,
+    Linear,
+    MaxPool,
+    Mean,
+    Merge,
+    Pad,
+    Parameters,
+    Shape,
+    Slice,
+    fill_sizes,
+)
+from lrp_fast.rules import WHOLE, NEGATIVE, POSITIVE, InputPart, Part, Rule, Stabilizer, WeightPart, ZeroGuard
+from lrp_fast.splits import Split
+
+Message = tuple[Tensor | None, Tensor | None]
+"""``(acc, dense)``: relevance ``x · acc + dense`` of a layer's input x."""
+
+
+def times(relevance: Tensor, gate: Tensor | float) -> Tensor:
+    """``relevance · gate`` where relevance may hold several maps of each of the gate's rows, one after another."""
+    if isinstance(gate, float) or gate.shape[0] in (1, relevance.shape[0]):
+        return relevance * gate
+    return (relevance.unflatten(0, (-1, gate.shape[0])) * gate).flatten(0, 1)
+
+
+def times_plus(relevance: Tensor, gate: Tensor, dense: Tensor) -> Tensor:
+    """``relevance · gate + dense``, rows as in :func:`times`."""
+    if gate.shape[0] == relevance.shape[0]:
+        return torch.addcmul(dense, relevance, gate)
+    return times(relevance, gate) + dense
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` with its channels last in memory, if it is an image or a volume."""
+    if x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if x.ndim == 5:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    return x.contiguous()
+
+
+# Gates --------------------------------------------------------------------------------------------------------------
+
+
+class Gates(NamedTuple):
+    """Per group, what turns incoming relevance into ``s = R / stab(z)``; ``dead`` what a zero-guard spreads evenly."""
+
+    groups: tuple[Tensor, ...]
+    dead: Tensor | None = None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype ratios are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stabilized(z: Tensor, stabilizer: Stabilizer, may_vanish: bool) -> Tensor:
+    """``stab(z)``; ``may_vanish``: z may be negative, so that an unsigned ``z + ε`` could be zero."""
+    if stabilizer.signed:
+        return z + torch.where(z < 0, -stabilizer.epsilon, stabilizer.epsilon)
+    z = z + stabilizer.epsilon
+    return z.masked_fill(z == 0, stabilizer.epsilon) if may_vanish else z
+
+
+def guarded(z: Tensor, guard: ZeroGuard, numerator: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The gate of a zero-guarded denominator, and the mask (times the numerator) of what counts as zero."""
+    dead = z <= guard.threshold * z.flatten(1).amax(1).view(-1, *(1,) * (z.ndim - 1))
+    alive = (numerator / z.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
+    return alive, dead * numerator
+
+
+# Linear layers ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Term:
+    """One affine map of one part of the input: ``A(input, weight) + bias``, of the layer's own or the rule's weights."""
+
+    input: InputPart
+    own: bool
+    weight: WeightPart
+    bias: WeightPart | None
+
+
+def part_of(value: Tensor, part: WeightPart) -> Tensor:
+    """A part of a weight or bias."""
+    if part == "square":
+        return value.square()
+    if part == "ones":
+        return torch.ones_like(value)
+    assert isinstance(part, Part)
+    if part == WHOLE:
+        return value
+    return value.clamp(min=0) * part.positive + value.clamp(max=0) * part.negative
+
+
+class LinearOperation:
+    """A convolution or linear layer under a rule, bound to its weights.
+
+    ``factored``: its message to its input is ``(acc, …)``, to be multiplied by the input; otherwise it is dense.
+    ``sums_channels``: the channel sum of its message can be had at once, for the heatmap alone.
+    """
+
+    def __init__(
+        self, layer: Linear, rule: Rule, fold: bool, parameters: Parameters, nonnegative: bool, dtype: torch.dtype, name: str
+    ) -> None:
+        self.layer, self.rule, self.dtype = layer, rule, dtype
+        self.guard = rule.stabilizer if isinstance(rule.stabilizer, ZeroGuard) else None
+        wide = {path: value.double() for path, value in _of_layer(layer, parameters).items()}
+        self.own_weights = layer.folded(wide)
+        self.rule_weights = self.own_weights if fold else layer.raw(wide)
+        self.shared = fold or layer.norm is None
+        self.may_vanish = any(group.bias is not None for group in rule.groups) and self.rule_weights[1] is not None
+        self._check_bounds(name)
+        self.groups = [self._terms(index, nonnegative) for index in range(len(rule.groups))]
+        self.masked = any(group.mask for group in rule.groups)
+        self.own = self._whole(own=True)
+        self.output = self._whole(own=self.shared)
+        self.axis = 1 if isinstance(layer, Convolution) else -1
+        self.inputs = sorted({term.input for terms in self.groups for term, _ in terms})
+        self.factored = self.inputs == ["x"]
+        grouped = isinstance(layer, Convolution) and layer.groups > 1
+        self.sums_channels = self.inputs == ["one"] and isinstance(layer, Convolution) and not grouped
+        self._pack_forward()
+        self._pack_backward()
+        self._constants: dict[Shape, dict[Term, Tensor]] = {}
+
+    def _check_bounds(self, name: str) -> None:
+        weight = self.rule_weights[0]
+        channels = weight.shape[1] * (self.layer.groups if isinstance(self.layer, Convolution) else 1)
+        for bound in ("low", "high"):
+            values = dict(self.rule.parameters).get(bound, ())
+            if isinstance(values, tuple) and len(values) not in (0, 1, channels):
+                raise ValueError(
+                    f"{name}: the rule {self.rule.name} has {len(values)} values for {bound!r} but the layer has "
+                    f"{channels} input channels; give one value, or one for each channel: ZBox(low=..., high=...)"
+                )
+
+    def _terms(self, index: int, nonnegative: bool) -> list[tuple[Term, float]]:
+        group = self.rule.groups[index]
+        bias = group.bias if self.rule_weights[1] is not None else None
+        terms = []
+        for product in group.products:
+            if nonnegative and product.input == "x-":
+                continue
+            part: InputPart = "x" if nonnegative and product.input == "x+" else product.input
+            terms.append((Term(part, self.shared, product.weight, bias), product.coefficient))
+            bias = None
+        return terms
+
+    def _whole(self, own: bool) -> Term:
+        weights = self.own_weights if own else self.rule_weights
+        return Term("x", own, WHOLE, None if weights[1] is None else WHOLE)
+
+    # Forward.
+
+    def _pack_forward(self) -> None:
+        """Decide which affine maps are evaluated, and stack their weights for each input part."""
+        wanted = [self.own, *(term for terms in self.groups for term, _ in terms)]
+        wanted += [self.output] if self.masked else []
+        self.recipes: dict[Term, tuple[tuple[float, Term], ...]] = {}
+        for term in dict.fromkeys(wanted):
+            relatives = {t.weight for t in wanted if (t.input, t.own) == (term.input, term.own)}
+            whole_maps = all(t.bias in (t.weight, None) for t in wanted if (t.input, t.own) == (term.input, term.own))
+            if len(relatives) > 2 and whole_maps and isinstance(term.weight, Part):
+                plus = Term(term.input, term.own, POSITIVE, POSITIVE if term.bias is not None else None)
+                minus = Term(term.input, term.own, NEGATIVE, NEGATIVE if term.bias is not None else None)
+                self.recipes[term] = ((term.weight.positive, plus), (term.weight.negative, minus))
+            else:
+                self.recipes[term] = ((1.0, term),)
+        evaluated = dict.fromkeys(term for recipe in self.recipes.values() for _, term in recipe)
+        self.stacks: dict[InputPart, list[tuple[list[Term], Tensor, Tensor | None]]] = {}
+        for part in dict.fromkeys(term.input for term in evaluated):
+            terms = [term for term in evaluated if term.input == part]
+            grouped = isinstance(self.layer, Convolution) and self.layer.groups > 1
+            # Stacked outputs of a grouped convolution would lie interleaved.
+            batches = [[term] for term in terms] if grouped or part != "x" else [terms]
+            self.stacks[part] = [(batch, *self._stack(batch)) for batch in batches]
+
+    def _stack(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor | None]:
+        weights = [part_of(self._weights(term)[0], term.weight) for term in terms]
+        biases = [self._bias(term) for term in terms]
+        bias = None
+        if any(b is not None for b in biases):
+            rows = [torch.zeros_like(w[:, *(0,) * (w.ndim - 1)]) if b is None else b for b, w in zip(biases, weights, strict=True)]
+            bias = torch.cat(rows).to(self.dtype)
+        return channels_last(torch.cat(weights).to(self.dtype)), bias
+
+    def _weights(self, term: Term) -> tuple[Tensor, Tensor | None]:
+        return self.own_weights if term.own else self.rule_weights
+
+    def _bias(self, term: Term) -> Tensor | None:
+        bias = self._weights(term)[1]
+        return None if bias is None or term.bias is None else part_of(bias, term.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """The layer's own output, the denominators z of its groups, and the output that masks look at."""
+        x = x.to(self.dtype)
+        found: dict[Term, Tensor] = {}
+        for part, stacks in self.stacks.items():
+            if part in ("one", "low", "high"):
+                found |= self._constant(x, part)
+                continue
+            source = x if part == "x" else x.clamp(min=0) if part == "x+" else x.clamp(max=0)
+            for terms, weight, bias in stacks:
+                y = self.layer.apply(source, weight, bias)
+                found |= zip(terms, y.chunk(len(terms), self.axis), strict=True)
+        z = [_combine([(c, self._evaluate(term, found)) for term, c in terms]) for terms in self.groups]
+        output = self._evaluate(self.output, found) if self.masked else None
+        return self._evaluate(self.own, found), z, output
+
+    def _evaluate(self, term: Term, found: dict[Term, Tensor]) -> Tensor:
+        return _combine([(factor, found[basis]) for factor, basis in self.recipes[term]])
+
+    def _constant(self, x: Tensor, part: InputPart) -> dict[Term, Tensor]:
+        """Maps of what does not depend on the image, of batch size 1, computed once for each shape."""
+        known = self._constants.setdefault(tuple(x.shape[1:]), {})
+        if not any(term.input == part for term in known):
+            source = self.constant_input(part, x[:1])
+            for terms, weight, bias in self.stacks[part]:
+                known[terms[0]] = self.layer.apply(source, weight, bias)
+        return {term: z for term, z in known.items() if term.input == part}
+
+    def constant_input(self, part: InputPart, like: Tensor) -> Tensor:
+        """Ones, or a pixel bound, shaped like the input."""
+        if part == "one":
+            return torch.ones_like(like)
+        value = torch.tensor(self.rule.parameter(part), dtype=like.dtype, device=like.device)
+        return value.view(1, -1, *(1,) * (like.ndim - 2)).expand_as(like).contiguous()
+
+    def gates(self, z: Sequence[Tensor], output: Tensor | None, numerator: Tensor | float) -> Gates:
+        """The gates of all groups: ``numerator · mask / stab(z)``, computed in float32, stored in the compute dtype."""
+        wide = accumulation_dtype(self.dtype)
+        above = numerator.to(wide) if isinstance(numerator, Tensor) else numerator
+        if self.guard is not None:
+            alive, dead = guarded(z[0].to(wide), self.guard, above)
+            return Gates((alive.to(self.dtype),), dead.to(self.dtype))
+        assert isinstance(self.rule.stabilizer, Stabilizer)
+        gates = []
+        for group, z_g in zip(self.rule.groups, z, strict=True):
+            gate = above / stabilized(z_g.to(wide), self.rule.stabilizer, self.may_vanish)
+            if group.mask is not None:
+                assert output is not None
+                gate = gate * ((output > 0) if group.mask == "positive" else (output < 0))
+            gates.append(gate.to(self.dtype))
+        return Gates(tuple(gates))
+
+    # Backward.
+
+    def _pack_backward(self) -> None:
+        """For each input part, the weights of all groups stacked with their coefficients: one transposed map."""
+        self.transposes: dict[InputPart, tuple[tuple[int, ...], list[Tensor]]] = {}
+        for part in self.inputs:
+            chosen, weights = [], []
+            for index, (group, terms) in enumerate(zip(self.rule.groups, self.groups, strict=True)):
+                for term, coefficient in terms:
+                    if term.input == part:
+                        chosen.append(index)
+                        weight = part_of(self._weights(term)[0], term.weight)
+                        weights.append(weight * (group.coefficient * coefficient))
+            flat = all(term.weight == "ones" for terms in self.groups for term, _ in terms)
+            self.transposes[part] = (tuple(chosen), [] if flat else [channels_last(w.to(self.dtype)) for w in weights])
+            if not flat and not (isinstance(self.layer, Convolution) and self.layer.groups > 1):
+                self.transposes[part] = (tuple(chosen), [channels_last(torch.cat(weights).to(self.dtype))])
+        weight = self.rule_weights[0]
+        self.window = None
+        if self.guard is not None or any(not packed for _, packed in self.transposes.values()):
+            groups = self.layer.groups if isinstance(self.layer, Convolution) else 1
+            self.window = torch.ones(groups, 1, *weight.shape[2:], dtype=self.dtype, device=weight.device)
+        self.summed: Tensor | None = None
+        if self.sums_channels and self.transposes["one"][1]:
+            self.summed = channels_last(torch.cat([w.sum(1, keepdim=True) for w in self.transposes["one"][1]]))
+
+    def backward(self, relevance: Tensor, gates: Gates, x: Tensor | None, shape: Shape, heatmap: bool = False) -> Message:
+        """The message to the input, of ``shape`` (without batch); x is needed unless the operation is ``factored``.
+
+        With ``heatmap`` (where ``sums_channels``) the message has one channel, their sum.
+        """
+        relevance = relevance.to(self.dtype)
+        s = [times(relevance, gate) for gate in gates.groups]
+        acc, dense = None, None
+        for part, (groups, weights) in self.transposes.items():
+            chosen = [s[index] for index in groups]
+            share = self._transpose(chosen, weights, shape, heatmap)
+            if part == "x":
+                acc = share
+            else:
+                share = share if part == "one" else times(share, self._factor(part, x, share))
+                dense = share if dense is None else dense + share
+        if gates.dead is not None:
+            spread = self._spread(times(relevance, gates.dead), shape, heatmap)
+            dense = spread if dense is None else dense + spread
+        if acc is not None and not self.factored:
+            assert x is not None
+            acc, dense = None, times(acc, x) if dense is None else times_plus(acc, x, dense)
+        return acc, dense
+
+    def _factor(self, part: InputPart, x: Tensor | None, like: Tensor) -> Tensor:
+        if part in ("low", "high"):
+            return self.constant_input(part, like[:1])
+        assert x is not None
+        return x.clamp(min=0) if part == "x+" else x.clamp(max=0)
+
+    def _transpose(self, s: list[Tensor], weights: list[Tensor], shape: Shape, heatmap: bool) -> Tensor:
+        if not weights:  # the flat rule: every weight is one
+            return self._box(torch.stack(s).sum(0) if len(s) > 1 else s[0], shape, heatmap)
+        if heatmap:
+            assert self.summed is not None
+            weights, shape = [self.summed], (1, *shape[1:])
+        if len(weights) == 1:
+            return self._map_back(torch.cat(s, self.axis) if len(s) > 1 else s[0], weights[0], shape)
+        return torch.stack([self._map_back(a, w, shape) for a, w in zip(s, weights, strict=True)]).sum(0)
+
+    def _map_back(self, s: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        if isinstance(self.layer, Dense):
+            return s @ weight
+        layer = self.layer
+        assert isinstance(layer, Convolution)
+        return transposed_convolution(s, weight, layer, shape, layer.groups)
+
+    def _spread(self, dead: Tensor, shape: Shape, heatmap: bool) -> Tensor:
+        """Dead relevance divided equally over the valid inputs of its window."""
+        if isinstance(self.layer, Dense):
+            return (dead.sum(-1, keepdim=True) / shape[-1]).expand(*dead.shape[:-1], shape[-1])
+        assert self.window is not None
+        layer = self.layer
+        assert isinstance(layer, Convolution)
+        ones = torch.ones(1, self.window.shape[0], *shape[1:], dtype=self.dtype, device=dead.device)
+        geometry = (layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.stride), self.window.shape[0])
+        count = torch.convolution(ones, self.window, None, *geometry) * (shape[0] // self.window.shape[0])
+        return self._box(dead, shape, heatmap, count)
+
+    def _box(self, s: Tensor, shape: Shape, heatmap: bool, count: Tensor | None = None) -> Tensor:
+        """The transposed map of all-one weights: one channel for each group, repeated."""
+        if isinstance(self.layer, Dense):
+            return s.sum(-1, keepdim=True).expand(*s.shape[:-1], shape[-1])
+        assert self.window is not None
+        layer = self.layer
+        assert isinstance(layer, Convolution)
+        groups = self.window.shape[0]
+        summed = s.unflatten(1, (groups, -1)).sum(2)
+        summed = summed if count is None else summed / count
+        box = transposed_convolution(summed, self.window, layer, (groups, *shape[1:]), groups)
+        channels = shape[0] // groups
+        if heatmap:
+            return box.sum(1, keepdim=True) * channels
+        return box.repeat_interleave(channels, 1) if groups > 1 else box.expand(-1, channels, *box.shape[2:])
+
+
+def _of_layer(layer: Linear, parameters: Parameters) -> dict[str, Tensor]:
+    norm = layer.norm
+    of_norm = (norm.mean, norm.variance, norm.weight, norm.bias) if norm is not None else ()
+    return {path: parameters[path] for path in (layer.weight, layer.bias, *of_norm) if path is not None}
+
+
+def _combine(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+    factor, total = terms[0]
+    total = total if factor == 1.0 else total * factor
+    for factor, value in terms[1:]:
+        total = total + value if factor == 1.0 else total + value * factor
+    return total
+
+
+def transposed_convolution(s: Tensor, weight: Tensor, layer: Convolution, shape: Shape, groups: int) -> Tensor:
+    """``Aᵀ(s, weight)`` onto an input of ``shape`` (channels, *spatial), for a convolution's geometry."""
+    geometry = zip(shape[1:], s.shape[2:], layer.stride, layer.padding, layer.dilation, weight.shape[2:], strict=True)
+    rest = tuple(n - ((m - 1) * st - 2 * p + d * (k - 1) + 1) for n, m, st, p, d, k in geometry)
+    return torch.convolution(s, weight, None, layer.stride, layer.padding, layer.dilation, True, rest, groups)
+
+
+# Pools --------------------------------------------------------------------------------------------------------------
+
+
+class AverageMap:
+    """A mean over windows and its transpose, as one small matrix for each spatial axis, bound to an input shape.
+
+    Where windows tile an axis evenly the matrix is not needed: its transpose repeats.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], forward: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.matrices = list(matrices)  # out × in
+        self.native = forward
+        self.tiles = [_tile(matrix) for matrix in self.matrices]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × C × *in → N × C × *out."""
+        if self.native is not None:
+            return self.native(x)
+        return self._contract(x, [matrix.t() for matrix in self.matrices])
+
+    def transpose(self, s: Tensor) -> Tensor:
+        """N × C × *out → N × C × *in."""
+        if any(tile is None for tile in self.tiles):
+            return self._contract(s, self.matrices)
+        axes = len(self.matrices)
+        s = s / float(torch.Size(tile or 1 for tile in self.tiles).numel())
+        last = s.movedim(1, -1)  # N × *out × C: repeats are whole rows of channels
+        sizes = [last.shape[0]]
+        for axis, tile in enumerate(self.tiles):
+            last = last.unsqueeze(2 * axis + 2)
+            sizes += [last.shape[2 * axis + 1], tile or 1]
+        last = last.expand(*sizes, last.shape[-1])
+        shape = [matrix.shape[1] for matrix in self.matrices]
+        return last.reshape(last.shape[0], *shape, last.shape[-1]).movedim(-1, 1) if axes else s
+
+    def _contract(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        for axis, matrix in enumerate(matrices):
+            x = torch.tensordot(x, matrix.to(x.dtype), ([axis + 2], [0])).movedim(-1, axis + 2)
+        return channels_last(x)
+
+
+def _tile(matrix: Tensor) -> int | None:
+    """How many elements each output averages, if they tile the axis without rest."""
+    outputs, inputs = matrix.shape
+    if inputs % outputs:
+        return None
+    tile = inputs // outputs
+    even = torch.eye(outputs, dtype=matrix.dtype, device=matrix.device).repeat_interleave(tile, 1) / tile
+    return tile if torch.equal(even, matrix) else None
+
+
+def average_map(layer: Average, shape: Shape, like: Tensor) -> AverageMap:
+    """The map of an average pool on inputs of ``shape`` (channels, *spatial)."""
+    if isinstance(layer, AveragePool):
+        geometry = zip(shape[1:], layer.kernel, layer.stride, layer.padding, strict=True)
+        matrices = [_pool_matrix(layer, n, k, s, p) for n, k, s, p in geometry]
+        if layer.divisor is not None:
+            matrices = [(matrix != 0).double() for matrix in matrices]
+            matrices[0] = matrices[0] / layer.divisor
+    elif isinstance(layer, AdaptiveAveragePool):
+        probe = torch.empty(1, 1, *shape[1:], device="meta")
+        sizes = fill_sizes(layer.size, probe)
+        matrices = [
+            F.adaptive_avg_pool1d(torch.eye(n, dtype=torch.float64)[:, None], m)[:, 0].t()
+            for n, m in zip(shape[1:], sizes, strict=True)
+        ]
+    else:
+        assert isinstance(layer, Mean)
+        gone = {dimension % (len(shape) + 1) for dimension in layer.dimensions}
+        matrices = [
+            torch.full((1, n), 1 / n, dtype=torch.float64) if axis + 2 in gone else torch.eye(n, dtype=torch.float64)
+            for axis, n in enumerate(shape[1:])
+        ]
+    placed = [matrix.to(like.device, accumulation_dtype(like.dtype)).contiguous() for matrix in matrices]
+    return AverageMap(placed, lambda x: layer.forward((x,), {}))
+
+
+def _pool_matrix(layer: AveragePool, n: int, k: int, s: int, p: int) -> Tensor:
+    """What 1-D pooling makes of unit vectors: out × in."""
+    rows = F.avg_pool1d(torch.eye(n, dtype=torch.float64)[:, None], k, s, p, layer.ceil_mode, layer.count_include_pad)
+    return rows[:, 0].t()
+
+
+class BlockMap:
+    """The average that stands in for a max-pool (DESIGN §3, *blocks*), and its transpose, bound to an input shape.
+
+    Output o answers for the block starting at o · stride, clipped to the input, or for the pool's own window where that
+    is empty; the two kinds are kept apart by a mask.
+    """
+
+    def __init__(self, layer: MaxPool | AdaptiveMaxPool, shape: Shape, outputs: Shape, like: Tensor) -> None:
+        def placed(rows: list[list[int]], n: int) -> Tensor:
+            matrix = torch.zeros(len(rows), n, dtype=torch.float64)
+            for row, members in enumerate(rows):
+                matrix[row, members] = 1 / len(members) if members else 0.0
+            return matrix.to(like.device, accumulation_dtype(like.dtype))
+
+        sizes = shape[1:]
+        windows = _own_windows(layer, sizes, outputs)
+        blocks = windows
+        if isinstance(layer, MaxPool):
+            geometry = zip(sizes, outputs, layer.stride, strict=True)
+            blocks = [[list(range(o * s, min((o + 1) * s, n))) for o in range(m)] for n, m, s in geometry]
+        self.blocks = AverageMap([placed(rows, n) for rows, n in zip(blocks, sizes, strict=True)])
+        if all(tile is not None for tile in self.blocks.tiles):
+            tiles = tuple(tile or 1 for tile in self.blocks.tiles)
+            pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(tiles) - 1]
+            self.blocks.native = lambda x: pool(x, tiles)
+        filled = torch.ones(1, 1, *outputs, dtype=like.dtype, device=like.device)
+        for axis, rows in enumerate(blocks):
+            row = torch.tensor([float(bool(members)) for members in rows], dtype=like.dtype, device=like.device)
+            filled = filled * row.view(-1, *(1,) * (len(outputs) - axis - 1))
+        self.windows: AverageMap | None = None
+        if not bool(filled.all()):
+            self.filled = filled
+            self.windows = AverageMap([placed(rows, n) for rows, n in zip(windows, sizes, strict=True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × C × *in → N × C × *out."""
+        z = self.blocks.forward(x)
+        return z if self.windows is None else z * self.filled + self.windows.forward(x) * (1 - self.filled)
+
+    def transpose(self, s: Tensor) -> Tensor:
+        """N × C × *out → N × C × *in."""
+        if self.windows is None:
+            return self.blocks.transpose(s)
+        return self.blocks.transpose(s * self.filled) + self.windows.transpose(s * (1 - self.filled))
+
+
+def _own_windows(layer: MaxPool | AdaptiveMaxPool, sizes: Shape, outputs: Shape) -> list[list[list[int]]]:
+    if isinstance(layer, AdaptiveMaxPool):
+        return [
+            [list(range(o * n // m, -((o + 1) * n // -m))) for o in range(m)]
+            for n, m in zip(sizes, outputs, strict=True)
+        ]
+    geometry = zip(sizes, outputs, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+    return [
+        [[i for j in range(k) if 0 <= (i := o * s - p + j * d) < n] for o in range(m)] for n, m, k, s, p, d in geometry
+    ]
+
+
+class ProportionalPool:
+    """A pool that shares relevance in proportion to its (non-negative) inputs, bound to an input shape."""
+
+    def __init__(
+        self, layer: MaxPool | AdaptiveMaxPool | Average, rule: PoolRule, shape: Shape, outputs: Shape,
+        nonnegative: bool, like: Tensor,
+    ) -> None:  # fmt: skip
+        assert rule.stabilizer is not None
+        self.layer, self.stabilizer, self.dtype = layer, rule.stabilizer, like.dtype
+        self.is_average = isinstance(layer, Average)
+        self.map: AverageMap | BlockMap = (
+            average_map(layer, shape, like) if isinstance(layer, Average) else BlockMap(layer, shape, outputs[1:], like)
+        )
+        signed = isinstance(self.stabilizer, Stabilizer) and self.stabilizer.signed
+        self.clamps = not signed and not nonnegative
+        self.factored = not self.clamps
+        self.drops_axes = isinstance(layer, Mean) and not layer.keepdim
+        self.valid: Tensor | None = None
+        if isinstance(self.stabilizer, ZeroGuard):
+            ones = torch.ones(1, 1, *shape[1:], dtype=like.dtype, device=like.device)
+            self.valid = self._with_axes(self.map.forward(ones), shape)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Gates]:
+        """The pool's own output, and its gates."""
+        y = self.layer.forward((x,), {})
+        z = y
+        if self.clamps:
+            z = self.map.forward(x.clamp(min=0))
+        elif not self.is_average:
+            z = self.map.forward(x)
+        z = z.to(accumulation_dtype(self.dtype))
+        if isinstance(self.stabilizer, ZeroGuard):
+            alive, dead = guarded(z, self.stabilizer, 1.0)
+            return y, Gates((alive.to(self.dtype),), dead.to(self.dtype))
+        return y, Gates(((1.0 / stabilized(z, self.stabilizer, False)).to(self.dtype),))
+
+    def backward(self, relevance: Tensor, gates: Gates, x: Tensor | None, shape: Shape) -> Message:
+        """The message to the input, of ``shape`` (without batch)."""
+        acc = self.map.transpose(self._with_axes(times(relevance, gates.groups[0]), shape))
+        dense = None
+        if gates.dead is not None:
+            assert self.valid is not None
+            dense = self.map.transpose(self._with_axes(times(relevance, gates.dead), shape) / self.valid)
+        if self.factored:
+            return acc, dense
+        assert x is not None
+        share = times(acc, x.clamp(min=0))
+        return None, share if dense is None else share + dense
+
+    def _with_axes(self, s: Tensor, shape: Shape) -> Tensor:
+        if not self.drops_axes:
+            return s
+        assert isinstance(self.layer, Mean)
+        for axis in sorted(dimension % (len(shape) + 1) for dimension in self.layer.dimensions):
+            s = s.unsqueeze(axis)
+        return s
+
+
+class WinnerPool:
+    """A max-pool that hands relevance to the maximum of each window."""
+
+    factored = False
+
+    def __init__(self, layer: MaxPool | AdaptiveMaxPool) -> None:
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The maxima and where each lies in its flattened plane (int64)."""
+        y, indices = self.layer.with_indices(x)
+        assert indices is not None
+        return y, indices
+
+    def backward(self, relevance: Tensor, indices: Tensor, shape: Shape) -> Message:
+        """The message to the input, of ``shape`` (without batch)."""
+        if len(shape) == 3 and isinstance(self.layer, MaxPool):
+            indices = indices.repeat(relevance.shape[0] // indices.shape[0], 1, 1, 1)
+            like = channels_last(relevance.new_empty(relevance.shape[0], *shape))
+            layer = self.layer
+            geometry = (layer.kernel, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+            r = torch.ops.aten.max_pool2d_with_indices_backward(relevance, like, *geometry, indices)
+            return None, r
+        flat = relevance.flatten(2)
+        indices = indices.flatten(2).repeat(flat.shape[0] // indices.shape[0], 1, 1)
+        planes = flat.new_zeros(flat.shape[0], shape[0], torch.Size(shape[1:]).numel())
+        return None, planes.scatter_add(2, indices, flat).unflatten(2, shape[1:])
+
+
+# Merges and rearrangements --------------------------------------------------------------------------------------------
+
+
+class MergeOperation:
+    """A merge under a split, bound to what is constant in its branches."""
+
+    def __init__(self, layer: Merge, split: Split, zeros: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+        self.skip, self.split, self.dtype = layer.skip, split, dtype
+        self.zeros = zeros if split.complementary else (None, None)
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, list[Tensor | float]]:
+        """The sum and the weights of both branches, in float32."""
+        wide = accumulation_dtype(self.dtype)
+        branches = (first.to(wide), second.to(wide))
+        residual, skip = 1 - self.skip, self.skip
+        weights: list[Tensor | float] = [0.0, 0.0]
+        weights[residual], weights[skip] = self.split.weights(branches[residual], branches[skip])
+        for one, other in ((0, 1), (1, 0)):
+            zeros = self.zeros[one]
+            if zeros is not None:
+                weights[one] = torch.where(zeros, 0.0, weights[one])
+                weights[other] = torch.where(zeros, 1.0, weights[other])
+        return first + second, weights
+
+
+def move_back(layer: Layer, relevance: Tensor | None, shape: Shape) -> Tensor | None:
+    """The transpose of a rearrangement of elements, onto an input of ``shape`` (without batch)."""
+    if relevance is None:
+        return None
+    if isinstance(layer, Pad):
+        return F.pad(relevance, tuple(-amount for amount in layer.amounts))
+    if isinstance(layer, Slice):
+        whole = relevance.new_zeros(relevance.shape[0], *shape)
+        whole[layer.index] = relevance
+        return whole
+    return relevance.reshape(relevance.shape[0], *shape)

@@ -1,0 +1,396 @@
+"""Explaining a model: the package's front door."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrp_fast import reference
+from lrp_fast.audit import Audit, audit_rows
+from lrp_fast.composites import STARTS, Assignment, Composite
+from lrp_fast.engine import BoundLinears, Program, bind_linears
+from lrp_fast.layers import Shape
+from lrp_fast.precision import float32_precision
+from lrp_fast.splits import Split, Splits, as_splits
+from lrp_fast.trace import check_eval, parameter_table, trace
+
+logger = logging.getLogger("lrp_fast")
+
+BACKENDS = ("auto", "reference", "torch")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+PROGRAMS_KEPT = 8
+"""How many input shapes (with their layers asked for) stay bound at once."""
+
+Target = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None
+StartArgument = str | Callable[[Tensor], Tensor] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What :meth:`LRP.explain` returns; ordinary tensors on the model's device.
+
+    N images, or N×K maps where K targets were asked for of each image (everything but ``output`` then has N×K in front).
+
+    - ``relevance``: N×C×H×W float32 (float64 where computed in float64), or None if it was not asked for
+    - ``heatmap``: N×H×W, the relevance summed over channels
+    - ``target``: N int64, the class that was explained
+    - ``output``: N × classes, the model's logits
+    - ``start``: N, the relevance put in
+    - ``leak``: N, ``(start − Σ relevance) / start``, signed; 0 where both are 0
+    - ``layers``: module name → relevance at that module's output
+    """
+
+    relevance: Tensor | None
+    heatmap: Tensor
+    target: Tensor
+    output: Tensor
+    start: Tensor
+    leak: Tensor
+    layers: Mapping[str, Tensor]
+
+
+class LRP:
+    """Layer-wise relevance propagation for a model (Otsuki et al., ECCV 2024, and the rules of the field).
+
+    Parameters
+    ----------
+    model
+        A convolutional classifier in eval mode, taking one tensor N×C×H×W (or 1-D, 3-D) and returning logits N × classes.
+        It is traced once and never changed.
+    composite
+        A name from :func:`lrp_fast.list_composites`, or a :class:`~lrp_fast.composites.Composite`.
+    split
+        Replaces the composite's splits at merges: a name (``"ratio"``, ``"symmetric"``, ``"residual-only"``,
+        ``"signed"``), a :class:`~lrp_fast.splits.Split`, or ``Splits(identity=..., projection=...)``.
+    backend
+        ``"torch"``, ``"reference"`` (float64 equations, slow), or ``"auto"``.
+    dtype
+        What is computed in: float32, bfloat16 or float64; by default the model's own.
+    compile
+        Run the two passes through ``torch.compile`` (the first call with a shape takes a minute).
+    tf32
+        Let a GPU use TF32 for float32 convolutions; off by default, whatever the global setting.
+
+    Raises
+    ------
+    TraceError (a ``ValueError``)
+        The model is in training mode, or holds something without a relevance rule.
+    ValueError, TypeError
+        An argument is not one of the known ones; the text names those.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        composite: str | Composite = "otsuki2024",
+        split: str | Split | Splits | None = None,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        compile: bool = False,  # noqa: A002 - torch's own word for it
+        *,
+        tf32: bool = False,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+        chosen = composite if isinstance(composite, Composite) else Composite.named(composite)
+        self.composite = chosen if split is None else replace(chosen, splits=as_splits(split))
+        self.model = model
+        self.plan = trace(model)
+        self.backend = "torch" if backend == "auto" else backend
+        self.compile = compile
+        self.tf32 = tf32
+        self._assignments: tuple[Assignment, ...] = self.composite.assign(self.plan)
+        self._dtype = dtype
+        self._linears: BoundLinears | None = None
+        self._signature: object = None
+        self._programs: dict[object, _Runner] = {}
+        self.device, self.dtype = self._place(parameter_table(model, self.plan))
+        if backend == "auto":
+            logger.info("backend: torch (%s, %s)", self.device, self.dtype)
+
+    # What users call.
+
+    def attribute(
+        self, inputs: Tensor, target: Target = None, return_convergence_delta: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The relevance of every input element, shaped like ``inputs`` (N×K×… for N×K targets); captum's signature.
+
+        With ``return_convergence_delta`` also ``start − Σ relevance`` of each map. Arguments and errors as in
+        :meth:`explain`.
+        """
+        result = self.explain(inputs, target)
+        assert result.relevance is not None
+        if not return_convergence_delta:
+            return result.relevance
+        return result.relevance, result.leak * result.start
+
+    def explain(
+        self,
+        inputs: Tensor,
+        target: Target = None,
+        start: StartArgument = None,
+        layers: Sequence[str] = (),
+        relevance: bool = True,
+    ) -> Attribution:
+        """Explain a batch.
+
+        Parameters
+        ----------
+        inputs
+            N×C×H×W, floating, finite, on the model's device.
+        target
+            None (the predicted class), one class for all, N classes, or N×K classes for K maps from one forward pass.
+        start
+            ``"probability"`` (softmax), ``"logit"`` or ``"one"`` of the target class; or the relevance of all classes as a
+            tensor N × classes (N × K × classes), or a function of the logits that gives it. By default the composite's.
+        layers
+            Modules whose outputs' relevance is wanted too.
+        relevance
+            False for the heatmap alone, which can be cheaper.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For inputs or arguments that do not fit; the text says what was got and what is expected.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            parameters = self._refresh_if_changed()
+            self._check_inputs(inputs, parameters)
+            observed = {name: self.plan.find(name) for name in layers}
+            targets = _targets(target, inputs.shape[0], self.device)
+            explain = self._explain_reference if self.backend == "reference" else self._explain_torch
+            device_type = self.device.type
+            with torch.autocast(device_type, enabled=False), float32_precision(self.tf32):
+                return explain(inputs, targets, start, observed, relevance)
+
+    def audit(self, inputs: Tensor, target: Target = None, start: StartArgument = None) -> Audit:
+        """Where relevance is lost, step by step (DESIGN §3, *Conservation*), by the float64 equations.
+
+        Arguments as in :meth:`explain`, one target for each image. ``print(audit)`` shows a table.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            parameters = self._refresh_if_changed()
+            self._check_inputs(inputs, parameters)
+            targets = _targets(target, inputs.shape[0], self.device)
+            if not targets.single:
+                raise ValueError("an audit takes one target for each image, got N x K")
+            values = reference.forward(self.plan, self._double_parameters(), inputs)
+            begin, _, _ = self._start(values[self.plan.output], targets, start)
+            result = self._reference_backward(values, begin[0])
+            return audit_rows(self.plan, self._assignments, result, begin[0])
+
+    def describe(self) -> str:
+        """A table of the plan: every step, what serves it and how relevance leaves it."""
+        rows = [("step", "operation", "relevance leaves by", "backend")]
+        for step, assignment in zip(self.plan.steps, self._assignments, strict=True):
+            chosen = assignment.rule or assignment.pool or (assignment.split and f"{assignment.split.name} split")
+            kind = getattr(step.layer, "kind", "") if assignment.split else ""
+            rows.append((step.name, f"{step.operation} {kind}".strip(), str(chosen or "passing"), self.backend))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        title = f"{type(self.model).__name__}: {self.composite.name}, {self.composite.splits}, {self.dtype}, {self.device}"
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([title, *lines])
+
+    def refresh(self) -> None:
+        """Read the model's weights again. Needed only after writes through ``.data``, which nothing else shows."""
+        self._linears = None
+        self._signature = None
+        self._programs.clear()
+
+    # Binding.
+
+    def _place(self, parameters: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
+        devices = {value.device for value in parameters.values()} or {torch.device("cpu")}
+        if len(devices) > 1:
+            raise ValueError(f"the model's weights lie on several devices ({', '.join(map(str, devices))}); expected one")
+        found = {value.dtype for value in parameters.values()}
+        dtype = self._dtype or (next(iter(found)) if len(found) == 1 else torch.float32)
+        if dtype not in DTYPES:
+            known = ", ".join(str(known) for known in DTYPES)
+            raise ValueError(f"dtype {dtype} is not one relevance can be computed in; give dtype= one of {known}")
+        return devices.pop(), torch.float64 if self.backend == "reference" else dtype
+
+    def _refresh_if_changed(self) -> Mapping[str, Tensor]:
+        check_eval(self.model)
+        parameters = parameter_table(self.model, self.plan)
+        signature = tuple((p.data_ptr(), _version(p), p.dtype, p.device, p.shape) for p in parameters.values())
+        if signature != self._signature:
+            self.refresh()
+            self._signature = signature
+            self.device, self.dtype = self._place(parameters)
+        return parameters
+
+    def _program(self, inputs: Tensor, observed: frozenset[int], heatmap: bool) -> _Runner:
+        shape = tuple(inputs.shape)
+        key = (shape, observed, heatmap)
+        runner = self._programs.pop(key, None)
+        if runner is None:
+            parameters = parameter_table(self.model, self.plan)
+            if self._linears is None:
+                fold = self.composite.batch_norm == "fold"
+                self._linears = bind_linears(self.plan, self._assignments, fold, parameters, self.dtype)
+            shapes = self.plan.shapes(shape, parameters)
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            program = Program(self.plan, self._assignments, self._linears, shapes, like, observed, heatmap)
+            runner = _Runner(program, self.compile)
+        self._programs[key] = runner
+        while len(self._programs) > PROGRAMS_KEPT:
+            del self._programs[next(iter(self._programs))]
+        return runner
+
+    # Running.
+
+    def _explain_torch(
+        self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
+    ) -> Attribution:
+        runner = self._program(inputs, frozenset(observed.values()), heatmap=not relevance)
+        output, tape = runner.forward(inputs)
+        begin, classes, single = self._start(output, targets, start)
+        maps = begin.shape[0]
+        r, at = runner.backward(tape, begin.flatten(0, 1))
+        found = {name: at[index].unflatten(0, (maps, -1)) for name, index in observed.items()}
+        return _assemble(r.unflatten(0, (maps, -1)), found, output, classes, begin, single, relevance)
+
+    def _explain_reference(
+        self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
+    ) -> Attribution:
+        self.plan.shapes(tuple(inputs.shape), parameter_table(self.model, self.plan))
+        values = reference.forward(self.plan, self._double_parameters(), inputs)
+        output = values[self.plan.output]
+        begin, classes, single = self._start(output, targets, start)
+        results = [self._reference_backward(values, one).relevance for one in begin]
+        found = {name: torch.stack([at[index] for at in results]) for name, index in observed.items()}
+        return _assemble(torch.stack([at[0] for at in results]), found, output, classes, begin, single, relevance)
+
+    def _reference_backward(self, values: Sequence[Tensor], start: Tensor) -> reference.ReferenceResult:
+        return reference.backward(
+            self.plan, self._double_parameters(), self._assignments, self.composite.batch_norm, values, start
+        )
+
+    def _double_parameters(self) -> dict[str, Tensor]:
+        return {path: value.double() for path, value in parameter_table(self.model, self.plan).items()}
+
+    def _start(
+        self, output: Tensor, targets: _Targets, start: StartArgument
+    ) -> tuple[Tensor, Tensor, bool]:
+        """The start relevance K×N×classes, the classes K×N it belongs to, and whether K is 1 and not to be shown."""
+        start = self.composite.start if start is None else start
+        count, classes = output.shape
+        if not isinstance(start, str):
+            return _given_start(start, output, targets)
+        if start not in STARTS:
+            raise ValueError(f"unknown start {start!r}; known: {', '.join(STARTS)}, a function of the logits, or a tensor")
+        chosen = output.argmax(1, keepdim=True) if targets.classes is None else targets.classes
+        bad = (chosen < 0) | (chosen >= classes)
+        if bool(bad.any()):
+            raise ValueError(f"target {int(chosen[bad][0])} is out of range: the model has classes 0 to {classes - 1}")
+        maps = chosen.t()  # K×N
+        values = torch.ones_like(output) if start == "one" else output if start == "logit" else output.softmax(1)
+        begin = values.new_zeros(len(maps), count, classes)
+        begin.scatter_(2, maps[..., None], values.expand(len(maps), -1, -1).gather(2, maps[..., None]))
+        return begin, maps, targets.single
+
+    def _check_inputs(self, inputs: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"expected inputs as a tensor N x C x H x W, got {type(inputs).__name__}")
+        if not inputs.dtype.is_floating_point:
+            raise TypeError(f"expected floating-point inputs (normalised as in training), got {inputs.dtype}")
+        if inputs.device != self.device:
+            raise ValueError(f"the inputs are on {inputs.device} but the model is on {self.device}")
+        self.plan.check_input(tuple(inputs.shape), parameters)
+        if inputs.shape[0] == 0:
+            raise ValueError(f"the batch is empty: got shape {tuple(inputs.shape)}")
+        finite = inputs.flatten(1).isfinite().all(1)
+        if not bool(finite.all()):
+            samples = (~finite).nonzero().flatten().tolist()
+            raise ValueError(f"the inputs are not finite (NaN or infinity) in sample {', '.join(map(str, samples[:10]))}")
+
+
+class _Runner:
+    """A program's two passes, compiled or not."""
+
+    def __init__(self, program: Program, compile_passes: bool) -> None:
+        self.forward: Callable[..., Any] = program.forward
+        self.backward: Callable[..., Any] = program.backward
+        if compile_passes:
+            self.forward = torch.compile(program.forward, dynamic=False)
+            self.backward = torch.compile(program.backward, dynamic=False)
+
+
+class _Targets(NamedTuple):
+    """Classes N×K, or None for the predicted ones; ``single``: one map for each image, without a dimension for K."""
+
+    classes: Tensor | None
+    single: bool
+
+
+def _targets(target: Target, count: int, device: torch.device) -> _Targets:
+    if target is None:
+        return _Targets(None, True)
+    try:
+        classes = torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"expected target as None, an int, or ints in a list or tensor of N or N x K, got {target!r}") from error
+    if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
+        raise TypeError(f"expected integer targets, got {classes.dtype}")
+    classes = classes.to(torch.int64)
+    if classes.ndim == 0:
+        classes = classes.expand(count)
+    if classes.ndim > 2 or classes.shape[0] != count or classes.numel() == 0:
+        raise ValueError(
+            f"expected one target, {count} targets (one for each input) or {count} x K, got shape {tuple(classes.shape)}"
+        )
+    return _Targets(classes if classes.ndim == 2 else classes[:, None], classes.ndim == 1)
+
+
+def _given_start(start: StartArgument, output: Tensor, targets: _Targets) -> tuple[Tensor, Tensor, bool]:
+    """A start relevance that the caller made: K×N×classes, with the predicted class as the target."""
+    if targets.classes is not None:
+        raise ValueError("a start relevance given as a tensor or function names all classes itself; give no target with it")
+    given = start(output) if callable(start) else start
+    if not isinstance(given, Tensor):
+        raise TypeError(f"expected the start as a name, a tensor N x classes or a function giving one, got {given!r}")
+    shape = tuple(output.shape)
+    if given.ndim not in (2, 3) or (given.shape[0], given.shape[-1]) != shape:
+        raise ValueError(f"expected a start relevance of shape {shape} or N x K x classes, got {tuple(given.shape)}")
+    begin = given.detach().to(output.device, output.dtype)
+    if not bool(begin.isfinite().all()):
+        raise ValueError("the start relevance is not finite (NaN or infinity)")
+    begin = begin[None] if given.ndim == 2 else begin.transpose(0, 1)
+    return begin, output.argmax(1).expand(begin.shape[0], -1), given.ndim == 2
+
+
+def _assemble(
+    relevance: Tensor, layers: Mapping[str, Tensor], output: Tensor, target: Tensor, start: Tensor, single: bool,
+    keep: bool,
+) -> Attribution:  # fmt: skip
+    """An attribution from results with the maps in front: K×N×…"""
+
+    def placed(x: Tensor) -> Tensor:
+        x = x[0] if single else x.transpose(0, 1)
+        return (x if x.dtype == torch.float64 else x.float()).contiguous()
+
+    relevance = placed(relevance)
+    channel = 1 if single else 2
+    heatmap = relevance.sum(channel)
+    total = heatmap.flatten(channel).sum(channel, dtype=torch.float64)
+    begin = placed(start).sum(-1, dtype=torch.float64)
+    leak = torch.where((begin == 0) & (total == 0), 0.0, (begin - total) / begin)
+    return Attribution(
+        relevance=relevance if keep else None,
+        heatmap=heatmap,
+        target=(target[0] if single else target.t()).contiguous(),
+        output=output,
+        start=begin.to(heatmap.dtype),
+        leak=leak.to(heatmap.dtype),
+        layers={name: placed(found) for name, found in layers.items()},
+    )
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version

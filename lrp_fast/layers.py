@@ -1,0 +1,315 @@
+"""Layers: what a step of a plan computes, as frozen data.
+
+A layer names its parameters by their path in the model and never holds tensors; ``forward`` evaluates it exactly as the
+model does. How relevance leaves it is decided by its family: linear (:class:`Convolution`, :class:`Dense`), merge, pool,
+or a mere rearrangement of elements.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parameters = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A length known only once there is an input: dimension ``dimension`` of step ``step``'s output."""
+
+    step: int
+    dimension: int
+
+
+@dataclass(frozen=True)
+class SizeExpression:
+    """Arithmetic on lengths, such as ``x.size(1) // 2``."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def resolve(value: Any, shapes: Sequence[Shape]) -> Any:
+    """``value`` with every :class:`Size` in it replaced by its number under these shapes."""
+    if isinstance(value, Size):
+        return shapes[value.step][value.dimension]
+    if isinstance(value, SizeExpression):
+        return value.function(*resolve(value.arguments, shapes))
+    if isinstance(value, tuple):
+        return tuple(resolve(item, shapes) for item in value)
+    if isinstance(value, slice):
+        return slice(*(resolve(item, shapes) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+@dataclass(frozen=True)
+class Layer(ABC):
+    """What one step computes."""
+
+    @abstractmethod
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        """The step's output, N×…, as the model computes it."""
+
+    def resolved(self, shapes: Sequence[Shape]) -> Layer:
+        """This layer with its input-dependent lengths filled in."""
+        changed = {field.name: resolve(getattr(self, field.name), shapes) for field in fields(self)}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Input(Layer):
+    """The network's input."""
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        return inputs[0]
+
+
+@dataclass(frozen=True)
+class BatchNorm(Layer):
+    """``γ (x − μ) / sqrt(σ² + eps) + β`` per channel, with running statistics; parameters by path."""
+
+    mean: str
+    variance: str
+    weight: str | None
+    bias: str | None
+    eps: float
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        (x,) = inputs
+        scale, shift = self.scale_shift(parameters)
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        return x * scale.view(shape) + shift.view(shape)
+
+    def scale_shift(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        """The layer as ``x · scale + shift``, each of shape (channels,)."""
+        scale = (parameters[self.variance] + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * parameters[self.weight]
+        shift = -parameters[self.mean] * scale
+        return scale, shift if self.bias is None else shift + parameters[self.bias]
+
+
+@dataclass(frozen=True)
+class Linear(Layer, ABC):
+    """A layer linear in its input, with the batch norm that follows it, if any, as part of it."""
+
+    weight: str
+    bias: str | None
+    norm: BatchNorm | None
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        bias = None if self.bias is None else parameters[self.bias]
+        y = self.apply(inputs[0], parameters[self.weight], bias)
+        return y if self.norm is None else self.norm.forward((y,), parameters)
+
+    @abstractmethod
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``A(x, weight) + bias``."""
+
+    def folded(self, parameters: Parameters) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with the batch norm multiplied in."""
+        weight, bias = self.raw(parameters)
+        if self.norm is None:
+            return weight, bias
+        scale, shift = self.norm.scale_shift(parameters)
+        weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
+        return weight, shift if bias is None else bias * scale + shift
+
+    def raw(self, parameters: Parameters) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the layer itself."""
+        return parameters[self.weight], None if self.bias is None else parameters[self.bias]
+
+
+@dataclass(frozen=True)
+class Convolution(Linear):
+    """Convolution over 1 to 3 spatial dimensions, weight (out, in / groups, *kernel), zero padding."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        none = (0,) * len(self.stride)
+        return torch.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups
+        )
+
+
+@dataclass(frozen=True)
+class Dense(Linear):
+    """Fully connected layer, weight (out, in)."""
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+@dataclass(frozen=True)
+class ReLU(Layer):
+    """``max(x, 0)``; relevance passes as it is."""
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        return inputs[0].relu()
+
+
+@dataclass(frozen=True)
+class Merge(Layer):
+    """``h = F + S``: ``inputs[skip]`` is the skip S, the other one the residual branch F.
+
+    ``kind`` says whether the skip holds linear layers; ``ambiguous`` that both branches hold equally many, so that only
+    a symmetric split is defined.
+    """
+
+    skip: int
+    kind: Literal["identity", "projection"]
+    ambiguous: bool
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        first, second = inputs
+        if first.shape != second.shape:
+            raise RuntimeError(f"the branches differ in shape: {tuple(first.shape)} and {tuple(second.shape)}")
+        return first + second
+
+
+@dataclass(frozen=True)
+class MaxPool(Layer):
+    """Maximum over windows."""
+
+    kernel: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        return self.with_indices(inputs[0], indices=False)[0]
+
+    def with_indices(self, x: Tensor, indices: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The maxima and, if asked for, where each lies in its flattened plane (int64)."""
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(self.kernel) - 1]
+        geometry = (self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return pool(x, *geometry, return_indices=True) if indices else (pool(x, *geometry), None)
+
+
+@dataclass(frozen=True)
+class AdaptiveMaxPool(Layer):
+    """Maximum over as many windows as the output has elements; ``None`` keeps a length."""
+
+    size: tuple[Any, ...]
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        return self.with_indices(inputs[0], indices=False)[0]
+
+    def with_indices(self, x: Tensor, indices: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The maxima and, if asked for, where each lies in its flattened plane (int64)."""
+        pool = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[len(self.size) - 1]
+        size = fill_sizes(self.size, x)
+        return pool(x, size, return_indices=True) if indices else (pool(x, size), None)
+
+
+class Average(Layer, ABC):
+    """A linear pool: every output is a weighted mean of its window, with weights that depend on the shape alone."""
+
+
+@dataclass(frozen=True)
+class AveragePool(Average):
+    """Mean over windows."""
+
+    kernel: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    padding: tuple[int, ...]
+    ceil_mode: bool
+    count_include_pad: bool
+    divisor: int | None
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        (x,) = inputs
+        geometry = (self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        if len(self.kernel) == 1:
+            return F.avg_pool1d(x, *geometry)
+        return (F.avg_pool2d if len(self.kernel) == 2 else F.avg_pool3d)(x, *geometry, self.divisor)
+
+
+@dataclass(frozen=True)
+class AdaptiveAveragePool(Average):
+    """Mean over as many windows as the output has elements; ``None`` keeps a length."""
+
+    size: tuple[Any, ...]
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        (x,) = inputs
+        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(self.size) - 1]
+        return pool(x, fill_sizes(self.size, x))
+
+
+@dataclass(frozen=True)
+class Mean(Average):
+    """Mean over some of the spatial dimensions (2 and up, as given or counted from the end)."""
+
+    dimensions: tuple[int, ...]
+    keepdim: bool
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        (x,) = inputs
+        if any(not 2 <= dimension % x.ndim for dimension in self.dimensions):
+            raise RuntimeError(f"a mean has a relevance rule over space only, got dimensions {self.dimensions}")
+        return x.mean(self.dimensions, self.keepdim)
+
+
+@dataclass(frozen=True)
+class Reshape(Layer):
+    """Flatten, view, reshape, squeeze: the same elements under another shape; the batch stays first."""
+
+    method: Literal["flatten", "reshape", "squeeze", "unsqueeze"]
+    arguments: tuple[Any, ...]
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        (x,) = inputs
+        y: Tensor = getattr(x, self.method)(*self.arguments)
+        if y.shape[:1] != x.shape[:1]:
+            raise RuntimeError(f"{self.method} from {tuple(x.shape)} to {tuple(y.shape)} does not keep the batch first")
+        return y
+
+
+@dataclass(frozen=True)
+class Pad(Layer):
+    """Zeros around (or, with negative amounts, elements removed from) the trailing dimensions, as ``F.pad``."""
+
+    amounts: tuple[Any, ...]
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        (x,) = inputs
+        if len(self.amounts) >= 2 * x.ndim:
+            raise RuntimeError("padding along the batch has no relevance rule")
+        return F.pad(x, self.amounts)
+
+
+@dataclass(frozen=True)
+class Slice(Layer):
+    """Some of the elements: ``x[index]`` with a tuple of slices, numbers and ``...``."""
+
+    index: tuple[Any, ...]
+
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        (x,) = inputs
+        first = self.index[0] if self.index else slice(None)
+        if first is not Ellipsis and first != slice(None, None, None):
+            raise RuntimeError(f"slicing along the batch has no relevance rule, got [{first}]")
+        return x[self.index]
+
+
+Rearrangement = (Reshape, Pad, Slice)
+"""Layers that only move elements: relevance moves back with them."""
+
+
+def fill_sizes(size: tuple[Any, ...], x: Tensor) -> tuple[int, ...]:
+    """An adaptive pool's output lengths with each ``None`` replaced by the input's own length."""
+    spatial = x.shape[x.ndim - len(size) :]
+    return tuple(have if want is None else want for want, have in zip(size, spatial, strict=True))

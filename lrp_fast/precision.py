@@ -1,0 +1,36 @@
+"""The scoped precision of float32 convolutions and matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def float32_precision(tf32: bool) -> Iterator[None]:
+    """Run float32 convolutions and products in full precision, or in TF32 on a GPU if ``tf32``.
+
+    cuDNN uses TF32 unless told otherwise, and ``torch.set_float32_matmul_precision`` may have chosen less everywhere;
+    whatever was chosen before is chosen again afterwards.
+    """
+    backends = torch.backends
+    on_gpu = "tf32" if tf32 else "ieee"
+    # cuDNN's two go together: PyTorch refuses to answer for cuDNN as a whole while they differ.
+    wanted = [(setting, on_gpu) for setting in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)]
+    wanted += [(setting, "ieee") for setting in (backends.mkldnn.conv, backends.mkldnn.matmul)]
+    before = [setting.fp32_precision for setting, _ in wanted]
+    # "none" is full precision too, and need not be touched
+    changes = [
+        (setting, old, new)
+        for (setting, new), old in zip(wanted, before, strict=True)
+        if old != new and not (old == "none" and new == "ieee")
+    ]
+    try:
+        for setting, _, new in changes:
+            setting.fp32_precision = new
+        yield
+    finally:
+        for setting, old, _ in changes:
+            setting.fp32_precision = old

@@ -1,0 +1,409 @@
+"""The reference: LRP in float64, written from the definitions, to check the fast backends against.
+
+It shares the :class:`~lrp_fast.plan.Plan` and what each step was assigned with the fast backends, and nothing else: no
+table of terms, no gates, no stacked weights, no hand-written transposes (a transposed map is the vector-Jacobian product
+of the map itself). Each rule is evaluated from what it says of the contributions ``c_ij = x_i w_ij`` of input i to output
+j; ``tests/test_reference.py`` compares these equations with matrices of all contributions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lrp_fast.composites import Assignment, PoolRule
+from lrp_fast.layers import AdaptiveMaxPool, Average, Convolution, Input, Linear, MaxPool, Merge, Pad, Parameters, Slice
+from lrp_fast.plan import Plan, Step
+from lrp_fast.rules import Rule, Stabilizer, ZeroGuard
+
+Map = Callable[[Tensor], Tensor]
+"""A linear map of one tensor."""
+
+CAUSES = ("bias", "stabilizer", "dead windows", "constants")
+"""Where relevance is lost: to a bias and a stabilizer in a denominator, at outputs that no input contributed to, and at
+elements that are constant by structure or cut away."""
+
+
+@dataclass
+class Shares:
+    """The relevance of a step's inputs, and what was lost on the way, by cause, per image."""
+
+    inputs: list[Tensor]
+    lost: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReferenceResult:
+    """``values`` and ``relevance`` at every step's output (float64, N×…), ``lost`` by step and cause, per image."""
+
+    values: tuple[Tensor, ...]
+    relevance: tuple[Tensor, ...]
+    shares: tuple[Shares | None, ...]
+
+
+def forward(plan: Plan, parameters: Parameters, inputs: Tensor) -> tuple[Tensor, ...]:
+    """Every step's output in float64."""
+    values: list[Tensor] = []
+    for step in plan.steps:
+        sources = [inputs.double()] if isinstance(step.layer, Input) else [values[i] for i in step.inputs]
+        layer = step.layer.resolved([tuple(value.shape) for value in values])
+        values.append(layer.forward(sources, parameters))
+    return tuple(values)
+
+
+def backward(
+    plan: Plan,
+    parameters: Parameters,
+    assignments: Sequence[Assignment],
+    batch_norm: Literal["fold", "pass"],
+    values: Sequence[Tensor],
+    start: Tensor,
+) -> ReferenceResult:
+    """The relevance at every step's output, given ``start`` (N × classes, float64) at the plan's output."""
+    shapes = tuple(tuple(value.shape) for value in values)
+    relevance: list[Tensor] = [torch.zeros_like(value) for value in values]
+    shares: list[Shares | None] = [None] * len(values)
+    relevance[plan.output] = start.double()
+    for index in range(len(values) - 1, 0, -1):
+        step = plan.steps[index]
+        sources = [values[i] for i in step.inputs]
+        zeros = [plan.structural_zeros(i, shapes) for i in step.inputs] if isinstance(step.layer, Merge) else []
+        at = _Site(step, sources, values[index], relevance[index], parameters, batch_norm, shapes, zeros)
+        shared = _share(at, assignments[index])
+        shares[index] = shared
+        for i, r in zip(step.inputs, shared.inputs, strict=True):
+            relevance[i] = relevance[i] + r
+    return ReferenceResult(tuple(values), tuple(relevance), tuple(shares))
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One step with everything its equation needs."""
+
+    step: Step
+    inputs: list[Tensor]
+    output: Tensor
+    relevance: Tensor
+    parameters: Parameters
+    batch_norm: str
+    shapes: tuple[tuple[int, ...], ...]
+    zeros: list[Tensor | None]
+
+
+def _share(at: _Site, assignment: Assignment) -> Shares:
+    layer = at.step.layer
+    if isinstance(layer, Linear):
+        assert assignment.rule is not None
+        return share_linear(
+            layer, assignment.rule, at.inputs[0], at.relevance, *weights(layer, at.parameters, at.batch_norm)
+        )
+    if isinstance(layer, Merge):
+        assert assignment.split is not None
+        return share_merge(layer, assignment.split.name, at.inputs, at.relevance, at.zeros)
+    if isinstance(layer, (MaxPool, AdaptiveMaxPool, Average)):
+        assert assignment.pool is not None
+        return share_pool(layer.resolved(at.shapes), assignment.pool, at.inputs[0], at.relevance)
+    resolved = layer.resolved(at.shapes)
+    if isinstance(layer, (Pad, Slice)) or at.output.shape != at.inputs[0].shape:
+        r = transpose(lambda x: resolved.forward((x,), {}), at.inputs[0], at.relevance)
+    else:
+        r = at.relevance
+    return Shares([r], {"constants": per_image(at.relevance) - per_image(r)})
+
+
+def per_image(x: Tensor) -> Tensor:
+    """Sums over all but the first dimension."""
+    return x.flatten(1).sum(1)
+
+
+def transpose(linear: Map, like: Tensor, s: Tensor) -> Tensor:
+    """``Aᵀ s`` for a linear map of tensors shaped ``like``, as a vector-Jacobian product."""
+    with torch.enable_grad():
+        x = torch.zeros_like(like, requires_grad=True)
+        (result,) = torch.autograd.grad(linear(x), x, s)
+    return result
+
+
+def stabilize(z: Tensor, stabilizer: Stabilizer) -> Tensor:
+    """``z + ε · sign(z)`` with sign(0) = +1; unsigned: ``z + ε``, and ε where that is zero."""
+    if stabilizer.signed:
+        return torch.where(z < 0, z - stabilizer.epsilon, z + stabilizer.epsilon)
+    total = z + stabilizer.epsilon
+    return torch.where(total == 0, stabilizer.epsilon, total)
+
+
+# Linear layers ------------------------------------------------------------------------------------------------------
+
+
+def weights(layer: Linear, parameters: Parameters, batch_norm: str) -> tuple[Tensor, Tensor]:
+    """The weight and bias that rules see."""
+    weight, bias = parameters[layer.weight], parameters[layer.bias] if layer.bias is not None else None
+    bias = torch.zeros_like(weight[:, *(0,) * (weight.ndim - 1)]) if bias is None else bias
+    if batch_norm == "pass" or layer.norm is None:
+        return weight, bias
+    norm = layer.norm
+    gamma = 1.0 if norm.weight is None else parameters[norm.weight]
+    beta = 0.0 if norm.bias is None else parameters[norm.bias]
+    factor = gamma / torch.sqrt(parameters[norm.variance] + norm.eps)
+    return weight * factor.reshape(-1, *(1,) * (weight.ndim - 1)), (bias - parameters[norm.mean]) * factor + beta
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear layer's numbers while its relevance is shared out."""
+
+    layer: Linear
+    rule: Rule
+    x: Tensor
+    R: Tensor
+    W: Tensor
+    b: Tensor
+
+    def product(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.layer.apply(x, W)
+
+    def bias(self, b: Tensor) -> Tensor:
+        return b if not isinstance(self.layer, Convolution) else b.reshape(-1, *(1,) * (self.x.ndim - 2))
+
+    def number(self, name: str) -> float:
+        value = self.rule.parameter(name)
+        assert isinstance(value, float)
+        return value
+
+    @property
+    def stabilizer(self) -> Stabilizer:
+        value = self.rule.parameter("epsilon" if self.rule.name == "epsilon" else "stabilizer")
+        return value if isinstance(value, Stabilizer) else Stabilizer(float(value))  # type: ignore[arg-type]
+
+
+def share_linear(layer: Linear, rule: Rule, x: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Shares:
+    """The relevance of a linear layer's input x from that of its output R, all float64; b has one entry per output."""
+    equation = EQUATIONS.get(rule.name)
+    if equation is None:
+        raise ValueError(f"the reference has no equation for the rule {rule.name!r}; it has: {', '.join(EQUATIONS)}")
+    return equation(_Linear(layer, rule, x, R, W, b))
+
+
+def _pos(v: Tensor) -> Tensor:
+    return v.clamp(min=0)
+
+
+def _neg(v: Tensor) -> Tensor:
+    return v.clamp(max=0)
+
+
+def _divide(at: _Linear, pairs: Sequence[tuple[Tensor, Tensor]], b: Tensor | None, R: Tensor) -> Shares:
+    """``Σ_p x_p · Aᵀ(R / stab(z), W_p)`` with ``z = Σ_p A(x_p, W_p) + b``."""
+    contributed = torch.stack([at.product(x, W).expand_as(R) for x, W in pairs]).sum(0)
+    bias = torch.zeros_like(R) if b is None else at.bias(b).expand_as(R)
+    denominator = stabilize(contributed + bias, at.stabilizer)
+    s = R / denominator
+    r = torch.stack([x * transpose(lambda u, W=W: at.product(u, W), at.x, s) for x, W in pairs]).sum(0)
+    dead = contributed == 0
+    alive = ~dead
+    lost = {
+        "dead windows": per_image(R * dead),
+        "bias": per_image(s * bias * alive),
+        "stabilizer": per_image(s * (denominator - contributed - bias) * alive),
+    }
+    return Shares([r], lost)
+
+
+def _sum(*terms: tuple[float, Shares]) -> Shares:
+    r = torch.stack([factor * shares.inputs[0] for factor, shares in terms]).sum(0)
+    lost = {
+        cause: torch.stack([factor * shares.lost[cause] for factor, shares in terms]).sum(0)
+        for cause in terms[0][1].lost
+    }
+    return Shares([r], lost)
+
+
+def _epsilon(at: _Linear) -> Shares:
+    return _divide(at, [(at.x, at.W)], at.b, at.R)
+
+
+def _raising(at: _Linear) -> Shares:
+    # c_ij > 0 where x and w have one sign
+    return _divide(at, [(_pos(at.x), _pos(at.W)), (_neg(at.x), _neg(at.W))], _pos(at.b), at.R)
+
+
+def _lowering(at: _Linear) -> Shares:
+    return _divide(at, [(_pos(at.x), _neg(at.W)), (_neg(at.x), _pos(at.W))], _neg(at.b), at.R)
+
+
+def _alpha_beta(at: _Linear) -> Shares:
+    alpha, beta = at.number("alpha"), at.number("beta")
+    return _sum((alpha, _raising(at)), (-beta, _lowering(at)))
+
+
+def _gamma(at: _Linear) -> Shares:
+    gamma, x, W, b = at.number("gamma"), at.x, at.W, at.b
+    output = at.product(x, W) + at.bias(b)
+    up, down = W + gamma * _pos(W), W + gamma * _neg(W)
+    above = _divide(at, [(_pos(x), up), (_neg(x), down)], b + gamma * _pos(b), at.R * (output > 0))
+    below = _divide(at, [(_pos(x), down), (_neg(x), up)], b + gamma * _neg(b), at.R * (output < 0))
+    shares = _sum((1.0, above), (1.0, below))
+    shares.lost["dead windows"] = shares.lost["dead windows"] + per_image(at.R * (output == 0))
+    return shares
+
+
+def _z_box(at: _Linear) -> Shares:
+    shape = (-1,) + (1,) * (at.x.ndim - 2)
+    low, high = (
+        torch.as_tensor(at.rule.parameter(name), dtype=at.x.dtype, device=at.x.device).reshape(shape).expand_as(at.x)
+        for name in ("low", "high")
+    )
+    return _divide(at, [(at.x, at.W), (-low, _pos(at.W)), (-high, _neg(at.W))], None, at.R)
+
+
+def _w_square(at: _Linear) -> Shares:
+    return _divide(at, [(torch.ones_like(at.x), at.W**2)], at.b**2, at.R)
+
+
+def _flat(at: _Linear) -> Shares:
+    return _divide(at, [(torch.ones_like(at.x), torch.ones_like(at.W))], None, at.R)
+
+
+def _positive_products(at: _Linear) -> Shares:
+    x = _pos(at.x) if at.rule.parameter("pixels") else torch.ones_like(at.x)
+    bias = at.b if at.rule.parameter("bias") else None
+    guard = at.rule.parameter("stabilizer")
+    if isinstance(guard, ZeroGuard):
+        ones = torch.ones_like(at.W)
+
+        def window(u: Tensor) -> Tensor:
+            return at.product(u, ones)
+
+        return _guarded(x, at.R, lambda u: at.product(u, _pos(at.W)), window, guard)
+    return _divide(at, [(x, _pos(at.W))], bias, at.R)
+
+
+def _guarded(x: Tensor, R: Tensor, linear: Map, window: Map, guard: ZeroGuard) -> Shares:
+    """In proportion to x · weight, and evenly over the window where the sum counts as zero."""
+    z = linear(x)
+    largest = z.flatten(1).amax(1).reshape(-1, *(1,) * (z.ndim - 1))
+    dead = z <= guard.threshold * largest
+    alive = torch.where(dead, 0.0, R / torch.where(dead, 1.0, z))
+    evenly = torch.where(dead, R, 0.0) / window(torch.ones_like(x))
+    return Shares([x * transpose(linear, x, alive) + transpose(window, x, evenly)], {})
+
+
+EQUATIONS: Mapping[str, Callable[[_Linear], Shares]] = {
+    "epsilon": _epsilon,
+    "alpha-beta": _alpha_beta,
+    "z-plus": _raising,
+    "gamma": _gamma,
+    "z-box": _z_box,
+    "w-square": _w_square,
+    "flat": _flat,
+    "positive-products": _positive_products,
+}
+
+
+# Pools --------------------------------------------------------------------------------------------------------------
+
+
+def share_pool(layer: MaxPool | AdaptiveMaxPool | Average, rule: PoolRule, x: Tensor, R: Tensor) -> Shares:
+    """The relevance of a pool's input from that of its output."""
+    if rule.kind == "winner":
+        if isinstance(layer, Average):
+            raise ValueError("an average pool has no winner")
+        return Shares([_to_winner(layer, x, R)])
+    assert rule.stabilizer is not None
+    average: Map = (lambda u: layer.forward((u,), {})) if isinstance(layer, Average) else _block_average(layer, x, R)
+    stabilizer = rule.stabilizer
+    if isinstance(stabilizer, ZeroGuard):
+        # Even weights: the valid elements of the window share alike.
+        return _guarded(_pos(x), R, average, average, stabilizer)
+    x = x if stabilizer.signed else _pos(x)
+    z = average(x)
+    denominator = stabilize(z, stabilizer)
+    s = R / denominator
+    lost = {"dead windows": per_image(R * (z == 0)), "stabilizer": per_image(s * (denominator - z) * (z != 0))}
+    return Shares([x * transpose(average, x, s)], lost)
+
+
+def _to_winner(layer: MaxPool | AdaptiveMaxPool, x: Tensor, R: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        (r,) = torch.autograd.grad(layer.forward((leaf,), {}), leaf, R)
+    return r
+
+
+def _block_average(layer: MaxPool | AdaptiveMaxPool, x: Tensor, R: Tensor) -> Map:
+    """The mean over the block that each output of a max-pool answers for, output by output."""
+    windows = _windows(layer, x.shape[2:], R.shape[2:])
+
+    def average(u: Tensor) -> Tensor:
+        means = [u[..., *index].flatten(2).mean(2) for index in windows]
+        return torch.stack(means, 2).reshape(*u.shape[:2], *R.shape[2:])
+
+    return average
+
+
+def _windows(layer: MaxPool | AdaptiveMaxPool, size: Sequence[int], outputs: Sequence[int]) -> list[tuple[slice, ...]]:
+    found = []
+    for output in torch.cartesian_prod(*(torch.arange(n) for n in outputs)).reshape(-1, len(outputs)).tolist():
+        if isinstance(layer, AdaptiveMaxPool):
+            bounds = [(o * n // m, -((o + 1) * n // -m)) for o, n, m in zip(output, size, outputs, strict=True)]
+            found.append(tuple(slice(*bound) for bound in bounds))
+            continue
+        block = tuple(slice(o * s, min((o + 1) * s, n)) for o, s, n in zip(output, layer.stride, size, strict=True))
+        if any(part.start >= part.stop for part in block):
+            geometry = zip(output, layer.kernel, layer.stride, layer.padding, layer.dilation, size, strict=True)
+            block = tuple(
+                slice(o * s - p + d * max(0, -((o * s - p) // d)), min(o * s - p + (k - 1) * d + 1, n), d)
+                for o, k, s, p, d, n in geometry
+            )
+        found.append(block)
+    return found
+
+
+# Merges -------------------------------------------------------------------------------------------------------------
+
+
+def _ratio(F: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    total = F.abs() + S.abs()
+    both_zero = total == 0
+    safe = torch.where(both_zero, 1.0, total)
+    return torch.where(both_zero, 0.5, F.abs() / safe), torch.where(both_zero, 0.5, S.abs() / safe)
+
+
+def _signed(F: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    total = stabilize(F + S, Stabilizer(1e-6))
+    return F / total, S / total
+
+
+SPLIT_EQUATIONS: Mapping[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "ratio": _ratio,
+    "symmetric": lambda F, S: (torch.full_like(F, 0.5), torch.full_like(S, 0.5)),
+    "residual-only": lambda F, S: (torch.ones_like(F), torch.zeros_like(S)),
+    "signed": _signed,
+}
+
+
+def share_merge(
+    layer: Merge, split: str, branches: Sequence[Tensor], R: Tensor, zeros: Sequence[Tensor | None] = (None, None)
+) -> Shares:
+    """The relevance of both branches of a merge; ``zeros`` marks the elements of each that are constant by structure."""
+    equation = SPLIT_EQUATIONS.get(split)
+    if equation is None:
+        raise ValueError(f"the reference has no equation for the split {split!r}; it has: {', '.join(SPLIT_EQUATIONS)}")
+    residual, skip = 1 - layer.skip, layer.skip
+    weight: list[Tensor] = [R, R]
+    weight[residual], weight[skip] = equation(branches[residual], branches[skip])
+    if split != "signed":
+        for one, other in ((0, 1), (1, 0)):
+            constant = zeros[one]
+            if constant is not None:
+                weight[one] = torch.where(constant, 0.0, weight[one])
+                weight[other] = torch.where(constant, 1.0, weight[other])
+    shares = [weight[0] * R, weight[1] * R]
+    total = branches[0] + branches[1]
+    missing = R - shares[0] - shares[1]
+    lost = {"dead windows": per_image(missing * (total == 0)), "stabilizer": per_image(missing * (total != 0))}
+    return Shares(shares, lost if split == "signed" else {})

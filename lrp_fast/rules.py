@@ -1,0 +1,196 @@
+"""Rules: how a linear layer shares relevance out, written down as tables of terms.
+
+Notation (DESIGN §3): ``x`` is the layer's input, ``W``, ``b`` its weight and bias, ``A(x, W)`` the linear map and
+``Aᵀ(s, W)`` its transpose, ``R`` the relevance of the output and ``r`` that of the input. Products are element-wise, and
+``x⁺ x⁻ W⁺ W⁻ b⁺ b⁻`` are positive and negative parts. A rule is a list of groups::
+
+    z_g = Σ_p c_p · A(x_p, W_p) + bias_g
+    r   = Σ_g coefficient_g · Σ_p c_p · x_p · Aᵀ(mask_g · R / stab(z_g), W_p)
+
+A new rule is one function here, returning a :class:`Rule`, and its independent equation in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+InputPart = Literal["x", "x+", "x-", "one", "low", "high"]
+"""``x``, its positive and negative part, ones, and the lower and upper bound of the pixels."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """``positive · V⁺ + negative · V⁻`` of a weight or bias ``V``."""
+
+    positive: float
+    negative: float
+
+
+WHOLE = Part(1.0, 1.0)
+POSITIVE = Part(1.0, 0.0)
+NEGATIVE = Part(0.0, 1.0)
+
+WeightPart = Part | Literal["square", "ones"]
+
+
+@dataclass(frozen=True)
+class Stabilizer:
+    """``stab(z) = z + ε · sign(z)`` with sign(0) = +1, or ``z + ε`` where ``signed`` is false."""
+
+    epsilon: float
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"a stabilizer needs a finite epsilon above zero, got {self.epsilon!r}")
+
+
+@dataclass(frozen=True)
+class ZeroGuard:
+    """No stabilizer: ``z`` counts as zero when ``z ≤ threshold · max z`` of that layer and image.
+
+    Relevance at a zero denominator is divided equally over the valid inputs of its window (inside the image, same
+    group), so that nothing is lost.
+    """
+
+    threshold: float = 1e-12
+
+
+@dataclass(frozen=True)
+class Product:
+    """``coefficient · A(input, weight)``, one of the products that share a denominator."""
+
+    input: InputPart
+    weight: WeightPart
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Products with one denominator; ``mask`` restricts them to one sign of the layer's own output."""
+
+    products: tuple[Product, ...]
+    bias: Part | Literal["square"] | None
+    coefficient: float = 1.0
+    mask: Literal["positive", "negative"] | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one linear layer shares relevance out.
+
+    ``name`` and ``parameters`` are what a person, and the reference, knows the rule by; ``groups`` and ``stabilizer``
+    are what the fast backends execute.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, object], ...]
+    groups: tuple[Group, ...]
+    stabilizer: Stabilizer | ZeroGuard
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value}' for key, value in self.parameters)})"
+
+    def parameter(self, name: str) -> object:
+        """The value of one of the rule's parameters."""
+        return dict(self.parameters)[name]
+
+
+def Epsilon(epsilon: float = 1e-6) -> Rule:  # noqa: N802 - rules are named as in the field
+    """``r = x · Aᵀ(R / stab(z), W)``, ``z = A(x, W) + b`` (Bach et al. 2015, eq. 58)."""
+    group = Group((Product("x", WHOLE),), bias=WHOLE)
+    return Rule("epsilon", (("epsilon", epsilon),), (group,), Stabilizer(epsilon))
+
+
+def AlphaBeta(alpha: float = 2.0, beta: float = 1.0, stabilizer: float = 1e-6) -> Rule:  # noqa: N802
+    """Positive contributions weighted α, negative ones −β, each over their own sum (Bach et al. 2015, eq. 60).
+
+    Raises ``ValueError`` unless α ≥ 1, β ≥ 0 and α − β = 1 up to rounding, which conservation needs.
+    """
+    if not (alpha >= 1 and beta >= 0 and math.isclose(alpha - beta, 1.0, rel_tol=1e-6, abs_tol=1e-6)):
+        raise ValueError(f"alpha-beta needs alpha >= 1, beta >= 0 and alpha - beta = 1, got alpha={alpha}, beta={beta}")
+    parameters = (("alpha", alpha), ("beta", beta), ("stabilizer", stabilizer))
+    return Rule("alpha-beta", parameters, _sign_groups(alpha, beta), Stabilizer(stabilizer))
+
+
+def ZPlus(stabilizer: float = 1e-6) -> Rule:  # noqa: N802
+    """Only positive contributions: alpha-beta with α = 1, β = 0 (Montavon et al. 2017)."""
+    return Rule("z-plus", (("stabilizer", stabilizer),), _sign_groups(1.0, 0.0), Stabilizer(stabilizer))
+
+
+def _sign_groups(alpha: float, beta: float) -> tuple[Group, ...]:
+    raising = Group((Product("x+", POSITIVE), Product("x-", NEGATIVE)), bias=POSITIVE, coefficient=alpha)
+    lowering = Group((Product("x+", NEGATIVE), Product("x-", POSITIVE)), bias=NEGATIVE, coefficient=-beta)
+    return (raising, lowering) if beta else (raising,)
+
+
+def Gamma(gamma: float = 0.25, stabilizer: float = 1e-6) -> Rule:  # noqa: N802
+    """Contributions of the output's own sign favoured by γ (Montavon et al. 2019; for any sign of x as in zennit)."""
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma must be finite and at least 0, got {gamma!r}")
+    up, down = Part(1.0 + gamma, 1.0), Part(1.0, 1.0 + gamma)
+    groups = (
+        Group((Product("x+", up), Product("x-", down)), bias=up, mask="positive"),
+        Group((Product("x+", down), Product("x-", up)), bias=down, mask="negative"),
+    )
+    return Rule("gamma", (("gamma", gamma), ("stabilizer", stabilizer)), groups, Stabilizer(stabilizer))
+
+
+def ZBox(  # noqa: N802
+    low: float | Sequence[float] | None = None, high: float | Sequence[float] | None = None, stabilizer: float = 1e-6
+) -> Rule:
+    """For pixels in [low, high]: ``z = A(x, W) − A(low, W⁺) − A(high, W⁻)`` (Montavon et al. 2017).
+
+    ``low`` and ``high`` are numbers, or one number per input channel, in the model's (normalised) units; they default to
+    black and white under ImageNet's normalisation. Raises ``ValueError`` where low is not below high.
+    """
+    lows = _bound(low, [(0 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
+    highs = _bound(high, [(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
+    if len(lows) > 1 and len(highs) > 1 and len(lows) != len(highs):
+        raise ValueError(f"low and high need as many values, got {len(lows)} and {len(highs)}")
+    if not max(lows) <= max(highs) or any(a >= b for a, b in zip(lows, highs, strict=False)):
+        raise ValueError(f"low must be below high in every channel, got low={lows}, high={highs}")
+    products = (Product("x", WHOLE), Product("low", POSITIVE, -1.0), Product("high", NEGATIVE, -1.0))
+    parameters = (("low", lows), ("high", highs), ("stabilizer", stabilizer))
+    return Rule("z-box", parameters, (Group(products, bias=None),), Stabilizer(stabilizer))
+
+
+def _bound(value: float | Sequence[float] | None, default: Sequence[float]) -> tuple[float, ...]:
+    if value is None:
+        return tuple(default)
+    values = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"a pixel bound needs finite numbers, got {value!r}")
+    return values
+
+
+def WSquare(stabilizer: float = 1e-6) -> Rule:  # noqa: N802
+    """``r_i = Σ_j w_ij² / (Σ w² + b²) · R_j``, whatever the input (Montavon et al. 2017)."""
+    group = Group((Product("one", "square"),), bias="square")
+    return Rule("w-square", (("stabilizer", stabilizer),), (group,), Stabilizer(stabilizer))
+
+
+def Flat(stabilizer: float = 1e-6) -> Rule:  # noqa: N802
+    """The same share for every input of a window (Lapuschkin et al. 2019)."""
+    group = Group((Product("one", "ones"),), bias=None)
+    return Rule("flat", (("stabilizer", stabilizer),), (group,), Stabilizer(stabilizer))
+
+
+def PositiveProducts(  # noqa: N802
+    stabilizer: Stabilizer | ZeroGuard = Stabilizer(1e-5, signed=False), bias: bool = True, pixels: bool = True
+) -> Rule:
+    """The paper's rule: only ``x⁺ · W⁺``, over ``z + 1e-5`` (Otsuki et al. 2024, §3, and their published code).
+
+    With ``bias`` the layer's bias enters z as it is, so z may be negative. With ``pixels`` false ones stand in for the
+    input: what the method's first convolution sees.
+    """
+    product = Product("x+" if pixels else "one", POSITIVE)
+    group = Group((product,), bias=WHOLE if bias else None)
+    parameters = (("stabilizer", stabilizer), ("bias", bias), ("pixels", pixels))
+    return Rule("positive-products", parameters, (group,), stabilizer)

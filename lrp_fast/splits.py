@@ -1,0 +1,104 @@
+"""Splits: how a merge ``h = F + S`` shares relevance between its residual branch F and its skip S.
+
+Each gives the weights of both branches from their values before the ReLU (Otsuki et al. 2024, §3.2: *relevance
+splitting*). A new split is one entry here and its equation in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lrp_fast.rules import Stabilizer
+
+_TINY = 1e-30
+"""Turns 0/0 into exactly ½ in one pass and is lost in rounding beside any value above 1e-22."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A named way to weigh the branches of a merge.
+
+    ``weights(F, S)`` gives ``(ρ_F, ρ_S)``, tensors shaped like F in F's dtype, or numbers. ``symmetric``: exchanging F
+    and S exchanges the weights. ``complementary``: ρ_S = 1 − ρ_F, so nothing is lost.
+    """
+
+    name: str
+    description: str
+    symmetric: bool
+    complementary: bool
+    weights: Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor | float]]
+
+
+def _ratio(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = residual.abs() + _TINY
+    weight = magnitude / (skip.abs() + _TINY + magnitude)
+    return weight, 1 - weight
+
+
+def _signed(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    total = residual + skip
+    denominator = total + torch.where(total < 0, -SIGNED_STABILIZER.epsilon, SIGNED_STABILIZER.epsilon)
+    return residual / denominator, skip / denominator
+
+
+SIGNED_STABILIZER = Stabilizer(1e-6)
+
+_SPLITS = (
+    Split("ratio", "|F| / (|F|+|S|), and 1/2 where both are 0: the paper's", True, True, _ratio),
+    Split("symmetric", "one half each", True, True, lambda residual, skip: (0.5, 0.5)),
+    Split("residual-only", "everything to the residual branch", False, True, lambda residual, skip: (1.0, 0.0)),
+    Split("signed", "F / stab(F+S), as zennit's Norm", True, False, _signed),
+)
+_BY_NAME = {split.name: split for split in _SPLITS}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits of a model's merges: ``identity`` where the skip holds no linear layer, ``projection`` where it does.
+
+    Both may be given as names or as :class:`Split`. The paper's ablation is (residual-only, symmetric),
+    (residual-only, ratio), (symmetric, symmetric) and (ratio, ratio); the last is the method.
+    """
+
+    identity: Split
+    projection: Split
+
+    def __init__(self, identity: str | Split, projection: str | Split) -> None:
+        object.__setattr__(self, "identity", get_split(identity))
+        object.__setattr__(self, "projection", get_split(projection))
+
+    def of(self, kind: Literal["identity", "projection"]) -> Split:
+        """The split of one kind of merge."""
+        return self.identity if kind == "identity" else self.projection
+
+    def __str__(self) -> str:
+        if self.identity == self.projection:
+            return self.identity.name
+        return f"identity={self.identity.name}, projection={self.projection.name}"
+
+
+def get_split(split: str | Split) -> Split:
+    """The split of that name (hyphens or underscores); raises ``ValueError`` naming the known ones."""
+    if isinstance(split, Split):
+        return split
+    if not isinstance(split, str):
+        raise TypeError(f"a split is a name, a Split or Splits(identity=..., projection=...), got {split!r}")
+    found = _BY_NAME.get(split.replace("_", "-"))
+    if found is None:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(_BY_NAME)}")
+    return found
+
+
+def as_splits(split: str | Split | Splits) -> Splits:
+    """``Splits`` from what a caller may write: a name, a ``Split``, or ``Splits`` itself."""
+    return split if isinstance(split, Splits) else Splits(split, split)
+
+
+def list_splits() -> dict[str, str]:
+    """Every known split's name and a one-line description."""
+    return {split.name: split.description for split in _SPLITS}

@@ -1,0 +1,30 @@
+"""What every test gets: quiet threads and fresh, repeatable randomness."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+SHARED_DATA = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def fresh_randomness(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A seed of its own for every test; LRP_FAST_TEST_SEED shifts them all."""
+    seed = zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("LRP_FAST_TEST_SEED", "0"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of trained networks and photographs beside the checkout; a test that needs it skips without it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the trained networks and photographs in {SHARED_DATA}")
+    return SHARED_DATA

@@ -1,0 +1,68 @@
+"""Networks for the tests: random, but with activations of a trained network's size."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def calibrated(model: nn.Module, seed: int, shape: tuple[int, ...] = (8, 3, 64, 64)) -> nn.Module:
+    """Random batch norms of both signs, running statistics measured on noise, and logits of a few units."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 1.4 - 0.2)
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.2)
+                module.momentum = 0.5
+        model.train()
+        for _ in range(5):
+            model(torch.randn(shape, generator=generator))
+        model.eval()
+        head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        head.weight.mul_(2.0 / model(torch.randn(shape, generator=generator)).std())
+    return model
+
+
+class CifarBlock(nn.Module):
+    """A basic block with an option-A shortcut: slicing and zero padding."""
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shrinks = stride != 1 or inputs != planes
+        self.extra = planes - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        skip = x
+        if self.shrinks:
+            skip = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra // 2), "constant", 0)
+        out += skip
+        return F.relu(out)
+
+
+class CifarResNet(nn.Module):
+    """A CIFAR ResNet with option-A shortcuts, as in He et al. 2016, §4.2; 3 blocks a stage make ResNet-20."""
+
+    def __init__(self, blocks: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        stages, inputs = [], 16
+        for planes, stride in ((16, 1), (32, 2), (64, 2)):
+            for block in range(blocks):
+                stages.append(CifarBlock(inputs, planes, stride if block == 0 else 1))
+                inputs = planes
+        self.blocks = nn.Sequential(*stages)
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        out = F.avg_pool2d(out, out.size()[3])
+        return self.linear(out.view(out.size(0), -1))
