@@ -62,7 +62,7 @@ class Audit:
         """A table of the steps that lose anything, in percent of the start, averaged over the images."""
 
         def percent(x: Tensor) -> str:
-            return f"{100 * float((x / self.start).mean()):.4f}"
+            return f"{100 * float(torch.where(self.start == 0, 0.0, x / self.start).mean()):.4f}"
 
         lines = [("step", "rule", "received %", *(f"{cause} %" for cause in CAUSES))]
         for row in self.rows:

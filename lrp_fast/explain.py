@@ -179,7 +179,7 @@ class LRP:
             targets = _targets(target, inputs.shape[0], self.device)
             if not targets.single:
                 raise ValueError("an audit takes one target for each image, got N x K")
-            values = reference.forward(self.plan, self._double_parameters(), inputs)
+            values = reference.forward(self.plan, self._double_parameters(), inputs.double())
             begin, _, _ = self._start(values[self.plan.output], targets, start)
             result = self._reference_backward(values, begin[0])
             return audit_rows(self.plan, self._assignments, result, begin[0])
@@ -260,7 +260,7 @@ class LRP:
         self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
     ) -> Attribution:
         self.plan.shapes(tuple(inputs.shape), parameter_table(self.model, self.plan))
-        values = reference.forward(self.plan, self._double_parameters(), inputs)
+        values = reference.forward(self.plan, self._double_parameters(), inputs.double())
         output = values[self.plan.output]
         begin, classes, single = self._start(output, targets, start)
         results = [self._reference_backward(values, one).relevance for one in begin]

@@ -1,8 +1,8 @@
 """Layers: what a step of a plan computes, as frozen data.
 
-A layer names its parameters by their path in the model and never holds tensors; ``forward`` evaluates it exactly as the
-model does. How relevance leaves it is decided by its family: linear (:class:`Convolution`, :class:`Dense`), merge, pool,
-or a mere rearrangement of elements.
+A layer names its parameters by their path in the model and never holds tensors; ``forward`` evaluates it exactly as
+the model does. How relevance leaves it is decided by its family: linear (:class:`Convolution`, :class:`Dense`), merge,
+pool, or a mere rearrangement of elements.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Size:
-    """A length known only once there is an input: dimension ``dimension`` of step ``step``'s output."""
+    """A shape known only once there is an input: that of step ``step``'s output."""
 
     step: int
-    dimension: int
 
 
 @dataclass(frozen=True)
 class SizeExpression:
-    """Arithmetic on lengths, such as ``x.size(1) // 2``."""
+    """A length of a shape, a part of it, or arithmetic on lengths, such as ``x.size(1) // 2``."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -39,7 +38,7 @@ class SizeExpression:
 def resolve(value: Any, shapes: Sequence[Shape]) -> Any:
     """``value`` with every :class:`Size` in it replaced by its number under these shapes."""
     if isinstance(value, Size):
-        return shapes[value.step][value.dimension]
+        return shapes[value.step]
     if isinstance(value, SizeExpression):
         return value.function(*resolve(value.arguments, shapes))
     if isinstance(value, tuple):
@@ -147,6 +146,12 @@ class Convolution(Linear):
 class Dense(Linear):
     """Fully connected layer, weight (out, in)."""
 
+    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        if self.norm is not None and inputs[0].ndim != 2:
+            # Elsewhere dimension 1, which a batch norm works on, is not the layer's output.
+            raise RuntimeError(f"a batch norm after a linear layer needs N x features, got {tuple(inputs[0].shape)}")
+        return super().forward(inputs, parameters)
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -193,6 +198,7 @@ class MaxPool(Layer):
 
     def with_indices(self, x: Tensor, indices: bool = True) -> tuple[Tensor, Tensor | None]:
         """The maxima and, if asked for, where each lies in its flattened plane (int64)."""
+        check_axes(x, len(self.kernel))
         pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(self.kernel) - 1]
         geometry = (self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
         return pool(x, *geometry, return_indices=True) if indices else (pool(x, *geometry), None)
@@ -209,6 +215,7 @@ class AdaptiveMaxPool(Layer):
 
     def with_indices(self, x: Tensor, indices: bool = True) -> tuple[Tensor, Tensor | None]:
         """The maxima and, if asked for, where each lies in its flattened plane (int64)."""
+        check_axes(x, len(self.size))
         pool = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[len(self.size) - 1]
         size = fill_sizes(self.size, x)
         return pool(x, size, return_indices=True) if indices else (pool(x, size), None)
@@ -231,6 +238,7 @@ class AveragePool(Average):
 
     def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         (x,) = inputs
+        check_axes(x, len(self.kernel))
         geometry = (self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
         if len(self.kernel) == 1:
             return F.avg_pool1d(x, *geometry)
@@ -245,8 +253,9 @@ class AdaptiveAveragePool(Average):
 
     def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         (x,) = inputs
-        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(self.size) - 1]
-        return pool(x, fill_sizes(self.size, x))
+        check_axes(x, len(self.size))
+        pools: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+        return pools[len(self.size) - 1](x, fill_sizes(self.size, x))
 
 
 @dataclass(frozen=True)
@@ -258,7 +267,7 @@ class Mean(Average):
 
     def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         (x,) = inputs
-        if any(not 2 <= dimension % x.ndim for dimension in self.dimensions):
+        if any(dimension % x.ndim < 2 for dimension in self.dimensions):
             raise RuntimeError(f"a mean has a relevance rule over space only, got dimensions {self.dimensions}")
         return x.mean(self.dimensions, self.keepdim)
 
@@ -300,13 +309,20 @@ class Slice(Layer):
     def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         (x,) = inputs
         first = self.index[0] if self.index else slice(None)
-        if first is not Ellipsis and first != slice(None, None, None):
-            raise RuntimeError(f"slicing along the batch has no relevance rule, got [{first}]")
+        whole = len(self.index) <= x.ndim if first is Ellipsis else first == slice(None)
+        if not whole:
+            raise RuntimeError(f"slicing along the batch has no relevance rule, got the index {self.index}")
         return x[self.index]
 
 
 Rearrangement = (Reshape, Pad, Slice)
 """Layers that only move elements: relevance moves back with them."""
+
+
+def check_axes(x: Tensor, axes: int) -> None:
+    """Refuse what torch would read as one sample without a batch, and pool over its channels."""
+    if x.ndim != axes + 2:
+        raise RuntimeError(f"pooling over {axes} axes needs N x channels and these, got shape {tuple(x.shape)}")
 
 
 def fill_sizes(size: tuple[Any, ...], x: Tensor) -> tuple[int, ...]:

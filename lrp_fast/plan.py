@@ -5,6 +5,7 @@ Everything that computes relevance works on a plan and a table of parameters, ne
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +13,22 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lrp_fast.layers import Convolution, Dense, Input, Layer, Linear, Pad, Parameters, ReLU, Reshape, Shape, Slice
+from lrp_fast.layers import (
+    AdaptiveMaxPool,
+    Average,
+    Convolution,
+    Dense,
+    Input,
+    Layer,
+    Linear,
+    MaxPool,
+    Pad,
+    Parameters,
+    ReLU,
+    Reshape,
+    Shape,
+    Slice,
+)
 
 
 class TraceError(ValueError):
@@ -23,9 +39,9 @@ class TraceError(ValueError):
 class Step:
     """One operation of the model.
 
-    ``name``: the module's path, with ``:1``, ``:2``… for its later calls. ``operation``: what it is called in the model's
-    own words. ``inputs``: indices of earlier steps. ``nonnegative``: its output is known to be ≥ 0. ``module_type``: the
-    class of the module it came from, or None for a function.
+    ``name``: the module's path, with ``:1``, ``:2``… for its later calls. ``operation``: what it is called in the
+    model's own words. ``inputs``: indices of earlier steps. ``nonnegative``: its output is known to be ≥ 0.
+    ``module_type``: the class of the module it came from, or None for a function.
     """
 
     name: str
@@ -74,9 +90,8 @@ class Plan:
     def find(self, name: str) -> int:
         """The step whose output the module ``name`` gives; raises ``ValueError`` with near names."""
         if name not in self.names:
-            known = [known for known in self.names if known and known.split(".")[0] == name.split(".")[0]]
-            listed = ", ".join((known or [known for known in self.names if "." not in known])[:20])
-            raise ValueError(f"no layer named {name!r} in the traced model; there are: {listed}")
+            near = ", ".join(difflib.get_close_matches(name, self.names, n=12, cutoff=0.0))
+            raise ValueError(f"no layer named {name!r} in the traced model; near names are: {near}")
         return self.names[name]
 
     def shapes(self, input_shape: Shape, parameters: Parameters) -> tuple[Shape, ...]:
@@ -105,7 +120,7 @@ class Plan:
         The zero padding of an option-A shortcut is such a place: a merge sends no relevance there.
         """
         chain: list[Step] = []
-        while isinstance(self.steps[step].layer, (Pad, Slice, Reshape, ReLU)):
+        while isinstance(self.steps[step].layer, (Pad, Slice, Reshape, ReLU, MaxPool, AdaptiveMaxPool, Average)):
             chain.append(self.steps[step])
             step = self.steps[step].inputs[0]
         if not any(isinstance(link.layer, Pad) for link in chain):
@@ -123,7 +138,7 @@ class Plan:
     ) -> Tensor:
         try:
             return step.layer.resolved(shapes).forward(inputs, parameters)
-        except (RuntimeError, IndexError, TypeError) as error:
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
             got = " and ".join(str(tuple(x.shape)) for x in inputs)
             raise ValueError(
                 f"an input of shape {tuple(input_shape)} does not fit the model: {step.name} ({step.operation}) "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class ReferenceResult:
-    """``values`` and ``relevance`` at every step's output (float64, N×…), ``lost`` by step and cause, per image."""
+    """``values`` and ``relevance`` at every step's output (float64, N×…), and what every step but the input shared out."""
 
     values: tuple[Tensor, ...]
     relevance: tuple[Tensor, ...]
@@ -46,10 +46,10 @@ class ReferenceResult:
 
 
 def forward(plan: Plan, parameters: Parameters, inputs: Tensor) -> tuple[Tensor, ...]:
-    """Every step's output in float64."""
+    """Every step's output, in the dtype of inputs and parameters: float64, or another to measure its rounding."""
     values: list[Tensor] = []
     for step in plan.steps:
-        sources = [inputs.double()] if isinstance(step.layer, Input) else [values[i] for i in step.inputs]
+        sources = [inputs] if isinstance(step.layer, Input) else [values[i] for i in step.inputs]
         layer = step.layer.resolved([tuple(value.shape) for value in values])
         values.append(layer.forward(sources, parameters))
     return tuple(values)
@@ -67,7 +67,7 @@ def backward(
     shapes = tuple(tuple(value.shape) for value in values)
     relevance: list[Tensor] = [torch.zeros_like(value) for value in values]
     shares: list[Shares | None] = [None] * len(values)
-    relevance[plan.output] = start.double()
+    relevance[plan.output] = start
     for index in range(len(values) - 1, 0, -1):
         step = plan.steps[index]
         sources = [values[i] for i in step.inputs]
@@ -171,8 +171,8 @@ class _Linear:
 
     def number(self, name: str) -> float:
         value = self.rule.parameter(name)
-        assert isinstance(value, float)
-        return value
+        assert isinstance(value, SupportsFloat)
+        return float(value)
 
     @property
     def stabilizer(self) -> Stabilizer:
@@ -252,12 +252,16 @@ def _gamma(at: _Linear) -> Shares:
 
 
 def _z_box(at: _Linear) -> Shares:
-    shape = (-1,) + (1,) * (at.x.ndim - 2)
-    low, high = (
-        torch.as_tensor(at.rule.parameter(name), dtype=at.x.dtype, device=at.x.device).reshape(shape).expand_as(at.x)
-        for name in ("low", "high")
-    )
+    low, high = _bound(at, "low"), _bound(at, "high")
     return _divide(at, [(at.x, at.W), (-low, _pos(at.W)), (-high, _neg(at.W))], None, at.R)
+
+
+def _bound(at: _Linear, name: str) -> Tensor:
+    bound = torch.as_tensor(at.rule.parameter(name), dtype=at.x.dtype, device=at.x.device)
+    channels = at.x.shape[1]
+    if len(bound) not in (1, channels):
+        raise ValueError(f"z-box has {len(bound)} values for {name!r} but the layer has {channels} input channels")
+    return bound.reshape(-1, *(1,) * (at.x.ndim - 2)).expand_as(at.x)
 
 
 def _w_square(at: _Linear) -> Shares:
@@ -288,8 +292,11 @@ def _guarded(x: Tensor, R: Tensor, linear: Map, window: Map, guard: ZeroGuard) -
     largest = z.flatten(1).amax(1).reshape(-1, *(1,) * (z.ndim - 1))
     dead = z <= guard.threshold * largest
     alive = torch.where(dead, 0.0, R / torch.where(dead, 1.0, z))
-    evenly = torch.where(dead, R, 0.0) / window(torch.ones_like(x))
-    return Shares([x * transpose(linear, x, alive) + transpose(window, x, evenly)], {})
+    members = window(torch.ones_like(x))
+    empty = members == 0  # a window that lies in the padding
+    evenly = torch.where(dead & ~empty, R, 0.0) / torch.where(empty, 1.0, members)
+    lost = {"dead windows": per_image(R * empty)}
+    return Shares([x * transpose(linear, x, alive) + transpose(window, x, evenly)], lost)
 
 
 EQUATIONS: Mapping[str, Callable[[_Linear], Shares]] = {

@@ -61,6 +61,10 @@ class ZeroGuard:
 
     threshold: float = 1e-12
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"a zero-guard needs a threshold of at least 0 and below 1, got {self.threshold!r}")
+
 
 @dataclass(frozen=True)
 class Product:
@@ -152,9 +156,11 @@ def ZBox(  # noqa: N802
     """
     lows = _bound(low, [(0 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
     highs = _bound(high, [(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
-    if len(lows) > 1 and len(highs) > 1 and len(lows) != len(highs):
+    channels = max(len(lows), len(highs))
+    if {len(lows), len(highs)} - {1, channels}:
         raise ValueError(f"low and high need as many values, got {len(lows)} and {len(highs)}")
-    if not max(lows) <= max(highs) or any(a >= b for a, b in zip(lows, highs, strict=False)):
+    spread = (bounds * (channels // len(bounds)) for bounds in (lows, highs))
+    if any(below >= above for below, above in zip(*spread, strict=True)):
         raise ValueError(f"low must be below high in every channel, got low={lows}, high={highs}")
     products = (Product("x", WHOLE), Product("low", POSITIVE, -1.0), Product("high", NEGATIVE, -1.0))
     parameters = (("low", lows), ("high", highs), ("stabilizer", stabilizer))
@@ -188,8 +194,10 @@ def PositiveProducts(  # noqa: N802
     """The paper's rule: only ``x⁺ · W⁺``, over ``z + 1e-5`` (Otsuki et al. 2024, §3, and their published code).
 
     With ``bias`` the layer's bias enters z as it is, so z may be negative. With ``pixels`` false ones stand in for the
-    input: what the method's first convolution sees.
+    input: what the method's first convolution sees. Raises ``ValueError`` for a zero-guard with ``bias``.
     """
+    if bias and isinstance(stabilizer, ZeroGuard):
+        raise ValueError("a zero-guard divides relevance among inputs alone: give bias=False with it")
     product = Product("x+" if pixels else "one", POSITIVE)
     group = Group((product,), bias=WHOLE if bias else None)
     parameters = (("stabilizer", stabilizer), ("bias", bias), ("pixels", pixels))

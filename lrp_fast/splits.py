@@ -42,7 +42,7 @@ def _ratio(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
 
 def _signed(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     total = residual + skip
-    denominator = total + torch.where(total < 0, -SIGNED_STABILIZER.epsilon, SIGNED_STABILIZER.epsilon)
+    denominator = torch.where(total < 0, total - SIGNED_STABILIZER.epsilon, total + SIGNED_STABILIZER.epsilon)
     return residual / denominator, skip / denominator
 
 

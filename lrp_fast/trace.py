@@ -1,8 +1,8 @@
 """From ``nn.Module`` to :class:`~lrp_fast.plan.Plan`, by torch.fx.
 
-The graph is read node by node, in execution order, by one handler for each operation that has a relevance rule; anything
-else is a :class:`~lrp_fast.plan.TraceError`. Changes in place are followed: whoever reads a tensor after it was changed
-reads the changed value, as in the model.
+The graph is read node by node, in execution order, by one handler for each operation that has a relevance rule;
+anything else is a :class:`~lrp_fast.plan.TraceError`. Changes in place are followed: whoever reads a tensor after it
+was changed reads the changed value, as in the model, and a view of changed memory cannot be read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -42,20 +43,21 @@ from lrp_fast.plan import Plan, Step, TraceError
 
 SUPPORTED = (
     "convolution (1-D to 3-D, grouped, dilated), linear, batch norm right after one of these, ReLU, max / average / "
-    "adaptive pooling, mean over space, flatten / view / reshape / squeeze, zero padding, slicing, dropout and identity "
-    "in eval mode, and the addition of two branches"
+    "adaptive pooling, mean over space, flatten / view / reshape / squeeze, zero padding, slicing, dropout and "
+    "identity in eval mode, and the addition of two branches"
 )
 
 
-class _Value(int):
-    """The index of a step: a tensor of the network, as told from plain numbers."""
+@dataclass(eq=False)
+class _Tensor:
+    """A tensor of the network: the step that computes what it holds now, and the memory it shares with its views.
 
-
-@dataclass(frozen=True)
-class _Shape:
-    """What ``x.size()`` or ``x.shape`` stands for while tracing."""
+    ``stale``: a view of that memory was written to, so that it holds what no step computes.
+    """
 
     step: int
+    memory: object
+    stale: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,27 +72,53 @@ class _Ignored:
     """A value only assertions read."""
 
 
+class _Proxy(torch.fx.Proxy):
+    """Records ``x += y`` as the change in place that it is; fx itself would take it for ``x = x + y``."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(torch.fx.Tracer):
     """Records leaf modules and functions; calls ``forward`` itself, so that the user's hooks see nothing of it."""
+
+    proxy_buffer_attributes = True
 
     def __init__(self) -> None:
         super().__init__()
         self.module_outputs: dict[str, list[torch.fx.Node]] = {}
 
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in _MODULES or _is_frozen_batch_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        replaced = "forward" in vars(m)  # on the instance: not what its class says
+        return not replaced and (_module_handler(m) is not None or super().is_leaf_module(m, module_qualified_name))
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         path = self.path_of_module(m)
-        output = super().call_module(m, m.forward, args, kwargs)
+        try:
+            output = super().call_module(m, m.forward, args, kwargs)
+        except TraceError:
+            raise
+        except Exception as error:  # whatever the user's forward raises when its input is a proxy
+            raise _untraceable(f"{path} ({type(m).__name__})", error) from error
         if isinstance(output, torch.fx.Proxy):
             self.module_outputs.setdefault(path, []).append(output.node)
         return output
 
 
-def _is_frozen_batch_norm(module: nn.Module) -> bool:
-    # torchvision's and detectron2's are separate classes of one name and one layout.
-    return type(module).__name__ == "FrozenBatchNorm2d"
+def _untraceable(where: str, error: Exception) -> TraceError:
+    return TraceError(
+        f"{where}: forward cannot be traced by torch.fx: {error}. Supported: a forward(x) of one tensor whose control "
+        f"flow does not depend on values or shapes, made of {SUPPORTED}"
+    )
+
+
+def _module_handler(module: nn.Module) -> Callable[..., Any] | None:
+    kind = type(module)
+    frozen = (kind.__module__, kind.__name__) in _FROZEN_BATCH_NORMS
+    return _batch_norm_module if frozen else _MODULES.get(kind)
 
 
 def trace(model: nn.Module) -> Plan:
@@ -107,17 +135,36 @@ def trace(model: nn.Module) -> Plan:
         warnings.warn(
             f"forward hooks at {', '.join(hooked[:5])} are not run and not part of the explanation", stacklevel=3
         )
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(model, _constant_arguments(model))
-    except TraceError:
-        raise
-    except Exception as error:  # whatever the user's forward raises when its input is a proxy
+    if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model):
         raise TraceError(
-            f"{type(model).__name__}.forward cannot be traced by torch.fx: {error}. Supported: a forward(x) of one "
-            f"tensor whose control flow does not depend on values or shapes, made of {SUPPORTED}"
-        ) from error
+            f"{type(model).__name__}: its forward is compiled or was replaced on the object, so what it computes "
+            "cannot be traced; give the plain module (before torch.compile or torch.jit)"
+        )
+    _check_questions(model)
+    tracer = _Tracer()
+    with _restored(model):
+        try:
+            graph = tracer.trace(model, _constant_arguments(model))
+        except TraceError:
+            raise
+        except Exception as error:  # whatever the user's forward raises when its input is a proxy
+            raise _untraceable(type(model).__name__, error) from error
     return _Builder(model, tracer.module_outputs).build(graph)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward stores on its modules, which under tracing would be proxies."""
+    modules = list(model.modules())
+    tables = [table for m in modules for table in (vars(m), m._parameters, m._buffers, m._modules)]
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, kept in zip(tables, before, strict=True):
+            if [(key, id(value)) for key, value in table.items()] != [(key, id(value)) for key, value in kept.items()]:
+                table.clear()
+                table.update(kept)
 
 
 def check_eval(model: nn.Module) -> None:
@@ -130,14 +177,28 @@ def check_eval(model: nn.Module) -> None:
         )
 
 
+def _check_questions(model: nn.Module) -> None:
+    """Refuse code that asks ``isinstance(x, Tensor)``: a proxy is none, so a trace could go another way."""
+    for path, module in model.named_modules():
+        classes = [kind for kind in type(module).__mro__ if kind.__module__.split(".")[0] not in ("torch", "builtins")]
+        functions = [f for kind in classes for name, f in vars(kind).items() if not name.startswith("__")]
+        for function in filter(inspect.isfunction, functions):
+            names = set(inspect.unwrap(function).__code__.co_names)
+            if "is_tensor" in names or {"isinstance", "Tensor"} <= names:
+                raise TraceError(
+                    f"{path or 'the model'} ({type(module).__name__}) asks whether something is a tensor, which "
+                    f"torch.fx cannot answer ({function.__qualname__}). Supported: a forward that does not ask"
+                )
+
+
 def _constant_arguments(model: nn.Module) -> dict[str, Any]:
     parameters = list(inspect.signature(model.forward).parameters.values())
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [p.name for p in plain if p.default is p.empty]
     if len(needed) != 1 or plain[0].name != needed[0] or len(plain) < len(parameters):
         raise TraceError(
-            f"{type(model).__name__}.forward{inspect.signature(model.forward)}: expected one tensor and, after it, only "
-            "arguments with defaults"
+            f"{type(model).__name__}.forward{inspect.signature(model.forward)}: expected one tensor and, after it, "
+            "only arguments with defaults"
         )
     return {p.name: p.default for p in plain[1:]}
 
@@ -149,26 +210,23 @@ class _Builder:
         self.model = model
         self.modules = dict(model.named_modules())
         self.module_outputs = module_outputs
+        self.registered = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.registered |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.values: dict[torch.fx.Node, Any] = {}
         self.originals: dict[torch.fx.Node, int] = {}
         self.steps: list[Step] = []
-        self.storage: list[int] = []
-        self.stale: set[int] = set()
+        self.tensors: list[_Tensor] = []
         self.node: torch.fx.Node | None = None
 
     def build(self, graph: torch.fx.Graph) -> Plan:
-        output = None
         for node in graph.nodes:
             self.node = node
             if node.op == "output":
-                output = self.step_of(node.args[0])
-            else:
-                self.values[node] = self._value(node)
-                if isinstance(self.values[node], _Value):
-                    self.originals[node] = self.values[node]
-        if output is None:
-            raise TraceError(f"{type(self.model).__name__}.forward returns nothing")
-        return _finish(self.steps, output, self._names())
+                break
+            self.values[node] = value = self._value(node)
+            if isinstance(value, _Tensor):
+                self.originals[node] = value.step
+        return _finish(self.steps, self._output(node.args[0]), self._names())
 
     def _names(self) -> dict[str, int]:
         names = {step.name: index for index, step in enumerate(self.steps)}
@@ -188,14 +246,14 @@ class _Builder:
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            handler = _frozen_batch_norm if _is_frozen_batch_norm(module) else _MODULES.get(type(module))
-            if handler is None:
-                raise self.unsupported()
-            return handler(self, module, *args, **kwargs)
-        table: Mapping[Any, Callable[..., Any]] = _FUNCTIONS if node.op == "call_function" else _METHODS
-        handler = table.get(node.target)
+            handler, args = _module_handler(module), (module, *args)
+        else:
+            table: Mapping[Any, Callable[..., Any]] = _FUNCTIONS if node.op == "call_function" else _METHODS
+            handler = table.get(node.target)
         if handler is None:
             raise self.unsupported()
+        if handler is not _ignore and any(isinstance(value, _Ignored) for value in (*args, *kwargs.values())):
+            raise self.unsupported("no relevance rule where it depends on a comparison, a type or a device")
         try:
             return handler(self, *args, **kwargs)
         except TypeError as error:
@@ -215,11 +273,11 @@ class _Builder:
             return slice(*(self._argument(item) for item in (value.start, value.stop, value.step)))
         return value
 
-    def step_of(self, node: Any) -> _Value:
+    def _output(self, node: Any) -> int:
         value = self.values.get(node) if isinstance(node, torch.fx.Node) else None
-        if not isinstance(value, _Value):
+        if not isinstance(value, _Tensor):
             raise TraceError(f"{type(self.model).__name__}.forward must return one tensor of logits, got {node}")
-        return self.live(value)
+        return self.live(value).step
 
     # What handlers use.
 
@@ -242,29 +300,43 @@ class _Builder:
         where = self.path or f"{type(self.model).__name__}.forward"
         return TraceError(f"{where}: {self.operation} has {reason}. Supported: {SUPPORTED}")
 
-    def live(self, step: Any) -> _Value:
-        """``step``, checked to be a tensor of the network that nobody changed behind its back."""
-        if not isinstance(step, _Value):
-            raise self.unsupported(f"no relevance rule for an operand that is {_describe(step)}")
-        if step in self.stale:
-            raise self.unsupported(f"an operand ({self.steps[step].name}) whose memory was changed in place meanwhile")
-        return step
+    def live(self, tensor: Any) -> _Tensor:
+        """``tensor``, checked to be one of the network that nobody changed behind its back."""
+        if not isinstance(tensor, _Tensor):
+            raise self.unsupported(f"no relevance rule for an operand that is {_describe(tensor)}")
+        if tensor.stale:
+            name = self.steps[tensor.step].name
+            raise self.unsupported(f"an operand ({name}) whose memory was changed in place through another view of it")
+        return tensor
 
-    def add(self, layer: Layer, inputs: tuple[Any, ...], operation: str = "", name: str = "") -> _Value:
-        """Append a step and give its index."""
-        sources = tuple(self.live(step) for step in inputs)
+    def parameter(self, path: str) -> str:
+        """``path``, checked to be a parameter or buffer, not a tensor that hooks or the forward itself make."""
+        if path not in self.registered:
+            raise self.unsupported(f"weights that are computed from others ({path} is no parameter or buffer)")
+        return path
+
+    def add(self, layer: Layer, inputs: tuple[Any, ...], operation: str = "", name: str = "") -> _Tensor:
+        """Append a step and give its output."""
+        sources = [self.live(tensor) for tensor in inputs]
+        for value in _leaves(tuple(getattr(layer, field.name) for field in fields(layer))):
+            if isinstance(value, (_Tensor, _Parameter, _Ignored)):
+                raise self.unsupported(f"no relevance rule for an argument that is {_describe(value)}")
+        steps = tuple(tensor.step for tensor in sources)
         nonnegative = isinstance(layer, ReLU) or (
-            bool(sources)
+            bool(steps)
             and not isinstance(layer, (Linear, BatchNorm))
-            and all(self.steps[step].nonnegative for step in sources)
+            and all(self.steps[step].nonnegative for step in steps)
         )
         is_module = self.node is not None and self.node.op == "call_module" and isinstance(layer, _MODULE_LAYERS)
         module_type = type(self.modules[self.path]) if is_module else None
-        step = Step(self._unique(name or self._name()), operation or self.operation, layer, sources, nonnegative, module_type)
-        self.steps.append(step)
-        is_view = isinstance(layer, (Reshape, Slice))
-        self.storage.append(self.storage[sources[0]] if is_view else len(self.steps) - 1)
-        return _Value(len(self.steps) - 1)
+        unique = self._unique(name or self._name())
+        self.steps.append(Step(unique, operation or self.operation, layer, steps, nonnegative, module_type))
+        return self.tensor(len(self.steps) - 1, sources[0].memory if isinstance(layer, (Reshape, Slice)) else object())
+
+    def tensor(self, step: int, memory: object) -> _Tensor:
+        """A tensor of its own that holds what ``step`` computes."""
+        self.tensors.append(_Tensor(step, memory))
+        return self.tensors[-1]
 
     def _name(self) -> str:
         assert self.node is not None
@@ -280,17 +352,13 @@ class _Builder:
             unique = f"{name}:{call}"
         return unique
 
-    def changed(self, before: _Value, after: _Value) -> _Value:
-        """Note that ``after`` was written into the memory of ``before``."""
-        root = self.storage[before]
-        self.storage[after] = root
-        self.stale.update(
-            step for step, storage in enumerate(self.storage) if storage == root and step not in (before, after)
-        )
-        for node, value in self.values.items():
-            if isinstance(value, _Value) and value == before:
-                self.values[node] = after
-        return after
+    def overwrite(self, tensor: _Tensor, result: _Tensor) -> _Tensor:
+        """Write ``result`` into ``tensor``: from now on whoever holds it reads that."""
+        tensor.step = result.step
+        for other in self.tensors:
+            if other is not tensor and other.memory is tensor.memory:
+                other.stale = True
+        return tensor
 
     def constant(self, value: Any, name: str, default: Any) -> Any:
         """Refuse any value of an argument but the default."""
@@ -308,10 +376,11 @@ def _describe(value: Any) -> str:
 # Layers -------------------------------------------------------------------------------------------------------------
 
 
-def _tuple(value: Any, dimensions: int) -> tuple[Any, ...]:
+def _tuple(value: Any, dimensions: int) -> Any:
     if isinstance(value, tuple):
         return value * dimensions if len(value) == 1 else value
-    return (value,) * dimensions
+    part_of_shape = isinstance(value, SizeExpression) and isinstance(value.arguments[-1], slice)
+    return value if part_of_shape or isinstance(value, Size) else (value,) * dimensions
 
 
 def _parameter_path(builder: _Builder, value: Any) -> str | None:
@@ -319,17 +388,17 @@ def _parameter_path(builder: _Builder, value: Any) -> str | None:
         return None
     if not isinstance(value, _Parameter):
         raise builder.unsupported("weights that are computed from others")
-    return value.path
+    return builder.parameter(value.path)
 
 
 def _module_path(builder: _Builder, module: nn.Module, name: str) -> str | None:
-    return None if getattr(module, name) is None else f"{builder.path}.{name}".lstrip(".")
+    return None if getattr(module, name) is None else builder.parameter(f"{builder.path}.{name}")
 
 
 def _convolve(
-    builder: _Builder, dimensions: int, x: _Value, weight: str, bias: str | None,
+    builder: _Builder, dimensions: int, x: _Tensor, weight: str, bias: str | None,
     stride: Any, padding: Any, dilation: Any, groups: int, kernel: tuple[int, ...] | None,
-) -> _Value:  # fmt: skip
+) -> _Tensor:  # fmt: skip
     dilation, stride = _tuple(dilation, dimensions), _tuple(stride, dimensions)
     if padding == "valid":
         padding = 0
@@ -340,26 +409,27 @@ def _convolve(
         padding = tuple(total // 2 for total in totals)
         if any(total % 2 for total in totals):
             extra = tuple(amount for total in reversed(totals) for amount in (0, total % 2))
-            x = builder.add(Pad(extra), (x,), "pad", f"{builder.path}.pad")
+            x = builder.add(Pad(extra), (x,), "pad", f"{builder.path}.pad".lstrip("."))
     layer = Convolution(weight, bias, None, stride, _tuple(padding, dimensions), dilation, groups)
     return builder.add(layer, (x,))
 
 
-def _convolution_module(builder: _Builder, module: Any, x: _Value) -> _Value:
+def _convolution_module(builder: _Builder, module: Any, x: _Tensor) -> _Tensor:
     if module.padding_mode != "zeros":
         raise builder.unsupported(f"no relevance rule with padding_mode={module.padding_mode!r}")
-    weight, bias = f"{builder.path}.weight".lstrip("."), _module_path(builder, module, "bias")
+    weight, bias = _module_path(builder, module, "weight"), _module_path(builder, module, "bias")
+    assert weight is not None
     return _convolve(
         builder, len(module.kernel_size), x, weight, bias,
         module.stride, module.padding, module.dilation, module.groups, module.kernel_size,
     )  # fmt: skip
 
 
-def _convolution_function(dimensions: int) -> Callable[..., _Value]:
+def _convolution_function(dimensions: int) -> Callable[..., _Tensor]:
     def handle(
         builder: _Builder, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
         dilation: Any = 1, groups: int = 1,
-    ) -> _Value:  # fmt: skip
+    ) -> _Tensor:  # fmt: skip
         path = _parameter_path(builder, weight)
         assert path is not None
         return _convolve(
@@ -369,135 +439,139 @@ def _convolution_function(dimensions: int) -> Callable[..., _Value]:
     return handle
 
 
-def _linear_module(builder: _Builder, module: nn.Linear, input: _Value) -> _Value:
-    weight = f"{builder.path}.weight".lstrip(".")
+def _linear_module(builder: _Builder, module: nn.Linear, input: _Tensor) -> _Tensor:
+    weight = _module_path(builder, module, "weight")
+    assert weight is not None
     return builder.add(Dense(weight, _module_path(builder, module, "bias"), None), (input,))
 
 
-def _linear_function(builder: _Builder, input: _Value, weight: Any, bias: Any = None) -> _Value:
+def _linear_function(builder: _Builder, input: _Tensor, weight: Any, bias: Any = None) -> _Tensor:
     path = _parameter_path(builder, weight)
     assert path is not None
     return builder.add(Dense(path, _parameter_path(builder, bias), None), (input,))
 
 
-def _batch_norm_module(builder: _Builder, module: Any, input: _Value) -> _Value:
-    if module.running_mean is None or module.running_var is None:
+def _batch_norm_module(builder: _Builder, module: Any, input: _Tensor) -> _Tensor:
+    names = ("running_mean", "running_var", "weight", "bias")
+    return _normalise(builder, input, [_module_path(builder, module, name) for name in names], module.eps)
+
+
+def _normalise(builder: _Builder, x: _Tensor, paths: list[str | None], eps: float) -> _Tensor:
+    mean, variance, weight, bias = paths
+    if mean is None or variance is None:
         raise builder.unsupported("no running statistics, and a batch's own have no relevance rule")
-    return builder.add(_norm(builder, module, module.eps), (input,))
-
-
-def _frozen_batch_norm(builder: _Builder, module: Any, x: _Value) -> _Value:
-    # detectron2 keeps eps as an attribute too
-    return builder.add(_norm(builder, module, module.eps), (x,))
-
-
-def _norm(builder: _Builder, module: Any, eps: float) -> BatchNorm:
-    path = f"{builder.path}.".lstrip(".")
-    weight, bias = _module_path(builder, module, "weight"), _module_path(builder, module, "bias")
-    return BatchNorm(f"{path}running_mean", f"{path}running_var", weight, bias, eps)
+    return builder.add(BatchNorm(mean, variance, weight, bias, eps), (x,))
 
 
 def _batch_norm_function(
-    builder: _Builder, input: _Value, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-    training: bool = False, momentum: Any = None, eps: float = 1e-5, *_: Any,
-) -> _Value:  # fmt: skip
+    builder: _Builder, input: _Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: Any = None, eps: float = 1e-5,
+) -> _Tensor:  # fmt: skip
     builder.constant(training, "training", False)
-    mean, variance = _parameter_path(builder, running_mean), _parameter_path(builder, running_var)
-    if mean is None or variance is None:
-        raise builder.unsupported("no running statistics, and a batch's own have no relevance rule")
-    norm = BatchNorm(mean, variance, _parameter_path(builder, weight), _parameter_path(builder, bias), eps)
-    return builder.add(norm, (input,))
+    paths = [_parameter_path(builder, value) for value in (running_mean, running_var, weight, bias)]
+    return _normalise(builder, input, paths, eps)
 
 
-def _relu(builder: _Builder, input: _Value, inplace: bool = False) -> _Value:
+def _relu(builder: _Builder, input: _Tensor, inplace: bool = False) -> _Tensor:
     after = builder.add(ReLU(), (input,))
-    return builder.changed(input, after) if inplace else after
+    return builder.overwrite(input, after) if inplace else after
 
 
-def _relu_in_place(builder: _Builder, input: _Value) -> _Value:
+def _relu_in_place(builder: _Builder, input: _Tensor) -> _Tensor:
     return _relu(builder, input, inplace=True)
 
 
-def _relu_module(builder: _Builder, module: nn.ReLU, input: _Value) -> _Value:
+def _relu_module(builder: _Builder, module: nn.ReLU, input: _Tensor) -> _Tensor:
     return _relu(builder, input, module.inplace)
 
 
-def _identity(builder: _Builder, input: _Value, *_: Any, **__: Any) -> _Value:
+def _identity(builder: _Builder, input: _Tensor) -> _Tensor:
     return builder.live(input)
 
 
-def _identity_module(builder: _Builder, module: nn.Module, input: _Value) -> _Value:
+def _alias(builder: _Builder, input: _Tensor, *, memory_format: Any = None) -> _Tensor:
+    """The same values in the same memory or in a copy, as it happens."""
+    return builder.tensor(builder.live(input).step, input.memory)
+
+
+def _copy(builder: _Builder, input: _Tensor, *, memory_format: Any = None) -> _Tensor:
+    return builder.tensor(builder.live(input).step, object())
+
+
+def _identity_module(builder: _Builder, module: nn.Module, input: _Tensor) -> _Tensor:
     return builder.live(input)
 
 
-def _dropout(builder: _Builder, input: _Value, p: float = 0.5, training: bool = True, inplace: bool = False) -> _Value:
+def _dropout(
+    builder: _Builder, input: _Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> _Tensor:
     builder.constant(training, "training", False)
     return builder.live(input)
 
 
 def _add(builder: _Builder, first: Any, second: Any = None, *, other: Any = None, alpha: float = 1) -> Any:
     second = other if second is None else second
-    if isinstance(first, (_Ignored, Size, SizeExpression)) or isinstance(second, (_Ignored, Size, SizeExpression)):
+    if isinstance(first, (Size, SizeExpression)) or isinstance(second, (Size, SizeExpression)):
         return _arithmetic(operator.add)(builder, first, second)
     builder.constant(alpha, "alpha", 1)
     # sum([...]) starts with a plain 0
-    if not isinstance(second, _Value) and second == 0:
-        return builder.live(first)
-    if not isinstance(first, _Value) and first == 0:
-        return builder.live(second)
+    if not isinstance(second, _Tensor) and second == 0:
+        return _copy(builder, first)
+    if not isinstance(first, _Tensor) and first == 0:
+        return _copy(builder, second)
     return builder.add(Merge(1, "identity", False), (first, second))
 
 
 def _add_in_place(builder: _Builder, first: Any, second: Any = None, **keywords: Any) -> Any:
     after = _add(builder, first, second, **keywords)
-    return builder.changed(first, after) if isinstance(first, _Value) and after != first else after
+    return builder.overwrite(first, after) if isinstance(first, _Tensor) else after
 
 
 # Pools --------------------------------------------------------------------------------------------------------------
 
 
-def _max_pool(dimensions: int) -> Callable[..., _Value]:
+def _max_pool(dimensions: int) -> Callable[..., _Tensor]:
     def handle(
-        builder: _Builder, input: _Value, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+        builder: _Builder, input: _Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
         ceil_mode: bool = False, return_indices: bool = False,
-    ) -> _Value:  # fmt: skip
+    ) -> _Tensor:  # fmt: skip
         builder.constant(return_indices, "return_indices", False)
         stride = kernel_size if stride is None or stride == () else stride
-        geometry = (_tuple(value, dimensions) for value in (kernel_size, stride, padding, dilation))
-        return builder.add(MaxPool(*geometry, bool(ceil_mode)), (input,))
+        kernel, steps, pad, spread = (_tuple(value, dimensions) for value in (kernel_size, stride, padding, dilation))
+        return builder.add(MaxPool(kernel, steps, pad, spread, bool(ceil_mode)), (input,))
 
     return handle
 
 
-def _average_pool(dimensions: int) -> Callable[..., _Value]:
+def _average_pool(dimensions: int) -> Callable[..., _Tensor]:
     def handle(
-        builder: _Builder, input: _Value, kernel_size: Any, stride: Any = None, padding: Any = 0,
+        builder: _Builder, input: _Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0,
         ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
-    ) -> _Value:  # fmt: skip
+    ) -> _Tensor:  # fmt: skip
         stride = kernel_size if stride is None or stride == () else stride
-        geometry = (_tuple(value, dimensions) for value in (kernel_size, stride, padding))
-        layer = AveragePool(*geometry, bool(ceil_mode), bool(count_include_pad), divisor_override)
+        kernel, steps, pad = (_tuple(value, dimensions) for value in (kernel_size, stride, padding))
+        layer = AveragePool(kernel, steps, pad, bool(ceil_mode), bool(count_include_pad), divisor_override)
         return builder.add(layer, (input,))
 
     return handle
 
 
-def _pool_module(handle: Callable[..., _Value], *names: str) -> Callable[..., _Value]:
-    def from_module(builder: _Builder, module: nn.Module, input: _Value) -> int:
+def _pool_module(handle: Callable[..., _Tensor], *names: str) -> Callable[..., _Tensor]:
+    def from_module(builder: _Builder, module: nn.Module, input: _Tensor) -> _Tensor:
         return handle(builder, input, **{name: getattr(module, name) for name in names})
 
     return from_module
 
 
-def _adaptive_pool(layer: type[AdaptiveAveragePool] | type[AdaptiveMaxPool], dimensions: int) -> Callable[..., _Value]:
-    def handle(builder: _Builder, input: _Value, output_size: Any, return_indices: bool = False) -> _Value:
+def _adaptive_pool(layer: type[AdaptiveAveragePool] | type[AdaptiveMaxPool], dimensions: int) -> Callable[..., _Tensor]:
+    def handle(builder: _Builder, input: _Tensor, output_size: Any, return_indices: bool = False) -> _Tensor:
         builder.constant(return_indices, "return_indices", False)
         return builder.add(layer(_tuple(output_size, dimensions)), (input,))
 
     return handle
 
 
-def _mean(builder: _Builder, input: _Value, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> _Value:
+def _mean(builder: _Builder, input: _Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> _Tensor:
     builder.constant(dtype, "dtype", None)
     if dim is None:
         raise builder.unsupported("no relevance rule over all dimensions")
@@ -507,58 +581,57 @@ def _mean(builder: _Builder, input: _Value, dim: Any = None, keepdim: bool = Fal
 # Shapes -------------------------------------------------------------------------------------------------------------
 
 
-def _flatten(builder: _Builder, input: _Value, start_dim: int = 0, end_dim: int = -1) -> _Value:
+def _flatten(builder: _Builder, input: _Tensor, start_dim: int = 0, end_dim: int = -1) -> _Tensor:
     return builder.add(Reshape("flatten", (start_dim, end_dim)), (input,))
 
 
-def _flatten_module(builder: _Builder, module: nn.Flatten, input: _Value) -> _Value:
+def _flatten_module(builder: _Builder, module: nn.Flatten, input: _Tensor) -> _Tensor:
     return _flatten(builder, input, module.start_dim, module.end_dim)
 
 
-def _reshape(builder: _Builder, input: _Value, *shape: Any, **keywords: Any) -> _Value:
-    shape = keywords.get("shape", shape)
-    return builder.add(Reshape("reshape", shape[0] if shape and isinstance(shape[0], tuple) else shape), (input,))
+def _reshape(builder: _Builder, input: _Tensor, *lengths: Any, shape: Any = None) -> _Tensor:
+    lengths = lengths if shape is None else (shape,)
+    if any(isinstance(length, torch.dtype) for length in lengths):
+        raise builder.unsupported("no relevance rule with another dtype")
+    return builder.add(Reshape("reshape", lengths), (input,))
 
 
-def _squeeze(builder: _Builder, input: _Value, *dimensions: Any, dim: Any = None) -> _Value:
+def _squeeze(builder: _Builder, input: _Tensor, *dimensions: Any, dim: Any = None) -> _Tensor:
     chosen = dimensions if dim is None else (dim,)
     return builder.add(Reshape("squeeze", chosen), (input,))
 
 
-def _unsqueeze(builder: _Builder, input: _Value, dim: int) -> _Value:
+def _unsqueeze(builder: _Builder, input: _Tensor, dim: int) -> _Tensor:
     return builder.add(Reshape("unsqueeze", (dim,)), (input,))
 
 
-def _pad(builder: _Builder, input: _Value, pad: Any, mode: str = "constant", value: Any = None) -> _Value:
+def _pad(builder: _Builder, input: _Tensor, pad: Any, mode: str = "constant", value: Any = None) -> _Tensor:
     builder.constant(mode, "mode", "constant")
     builder.constant(value or 0, "value", 0)
     return builder.add(Pad(pad), (input,))
 
 
-def _pad_module(builder: _Builder, module: Any, input: _Value) -> _Value:
+def _pad_module(builder: _Builder, module: Any, input: _Tensor) -> _Tensor:
     return _pad(builder, input, tuple(module.padding), value=module.value)
 
 
 def _get_item(builder: _Builder, value: Any, index: Any) -> Any:
-    if isinstance(value, _Shape):
-        if isinstance(index, int):
-            return Size(value.step, index)
-        raise builder.unsupported("an index other than a number into a shape")
-    if isinstance(value, _Ignored):
-        return value
+    if isinstance(value, (Size, SizeExpression)):
+        return SizeExpression(operator.getitem, (value, index))
     index = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(item, (slice, int)) or item is Ellipsis for item in index):
         raise builder.unsupported(f"no relevance rule for the index {index!r}")
     return builder.add(Slice(index), (value,), "slice", f"{builder.path}.slice".lstrip("."))
 
 
-def _size(builder: _Builder, value: _Value, dim: int | None = None) -> _Shape | Size:
-    return _Shape(builder.live(value)) if dim is None else Size(builder.live(value), dim)
+def _size(builder: _Builder, value: _Tensor, dim: int | None = None) -> Size | SizeExpression:
+    shape = Size(builder.live(value).step)
+    return shape if dim is None else SizeExpression(operator.getitem, (shape, dim))
 
 
 def _get_attribute(builder: _Builder, value: Any, name: str) -> Any:
-    if name == "shape" and isinstance(value, _Value):
-        return _Shape(value)
+    if name == "shape" and isinstance(value, _Tensor):
+        return _size(builder, value)
     if name in ("ndim", "dtype", "device", "is_cuda"):
         return _Ignored()
     raise builder.unsupported(f"no relevance rule for the attribute {name!r}")
@@ -571,7 +644,7 @@ def _ignore(builder: _Builder, *_: Any, **__: Any) -> _Ignored:
 def _arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
     def handle(builder: _Builder, first: Any, second: Any) -> Any:
         lengths = [isinstance(value, (Size, SizeExpression)) for value in (first, second)]
-        if not any(lengths) or any(isinstance(value, _Value) for value in (first, second)):
+        if not any(lengths) or any(isinstance(value, _Tensor) for value in (first, second)):
             raise builder.unsupported()
         return SizeExpression(function, (first, second))
 
@@ -585,6 +658,12 @@ _PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.Constant
 _MODULE_LAYERS = (Linear, MaxPool, AdaptiveMaxPool, AveragePool, AdaptiveAveragePool, ReLU, BatchNorm)
 _MAX_NAMES = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _AVERAGE_NAMES = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+
+_FROZEN_BATCH_NORMS = (
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"),
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"),
+)
+"""Classes with a batch norm's attributes, by name, for their packages are not imported here."""
 
 _MODULES: dict[type, Callable[..., Any]] = {
     nn.Linear: _linear_module,
@@ -632,6 +711,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{f: _adaptive_pool(AdaptiveMaxPool, 1) for f in (F.adaptive_max_pool1d, torch.adaptive_max_pool1d)},
     F.adaptive_max_pool2d: _adaptive_pool(AdaptiveMaxPool, 2),
     F.adaptive_max_pool3d: _adaptive_pool(AdaptiveMaxPool, 3),
+    torch.clone: _copy,
     torch.mean: _mean,
     torch.flatten: _flatten,
     torch.reshape: _reshape,
@@ -641,7 +721,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.getitem: _get_item,
     getattr: _get_attribute,
     **dict.fromkeys((operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge), _ignore),
-    **dict.fromkeys((torch._assert, isinstance, len), _ignore),
+    **dict.fromkeys((torch._assert, torch.fx._symbolic_trace._assert_is_none), _ignore),
     **{f: _arithmetic(f) for f in (operator.sub, operator.mul, operator.floordiv)},
 }
 
@@ -656,7 +736,8 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "reshape": _reshape,
     "squeeze": _squeeze,
     "unsqueeze": _unsqueeze,
-    "contiguous": _identity,
+    "contiguous": _alias,
+    "clone": _copy,
     "detach": _identity,
     "size": _size,
     "dim": _ignore,
@@ -680,9 +761,9 @@ def _finish(steps: list[Step], output: int, names: Mapping[str, int]) -> Plan:
         for old in sorted(needed)
     ]
     placed = {name: place(old) for name, old in names.items()}
-    resized = [_renumber(step, place) for step in kept]
-    final = _classify_merges(resized)
-    return Plan(tuple(final), position[followers.get(output, output)], {k: v for k, v in placed.items() if v is not None})
+    final = _classify_merges([_renumber(step, place) for step in kept])
+    known = {name: step for name, step in placed.items() if step is not None}
+    return Plan(tuple(final), position[followers.get(output, output)], known)
 
 
 def _fold_batch_norms(steps: list[Step], output: int) -> dict[int, int]:
@@ -721,24 +802,29 @@ def _needed(steps: list[Step], output: int, followers: Mapping[int, int]) -> set
 
 
 def _sources(step: Step) -> Iterator[int]:
+    """The steps a step reads, if only their shapes."""
     yield from step.inputs
-    pending: list[Any] = [getattr(step.layer, name) for name in step.layer.__dataclass_fields__]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Size):
-            yield value.step
-        elif isinstance(value, SizeExpression):
-            pending.extend(value.arguments)
-        elif isinstance(value, tuple):
-            pending.extend(value)
-        elif isinstance(value, slice):
-            pending.extend((value.start, value.stop, value.step))
+    leaves = _leaves(tuple(getattr(step.layer, field.name) for field in fields(step.layer)))
+    yield from (value.step for value in leaves if isinstance(value, Size))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Everything inside nested tuples, slices and expressions."""
+    if isinstance(value, SizeExpression):
+        value = value.arguments
+    elif isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
 
 
 def _renumber(step: Step, place: Callable[[int], int | None]) -> Step:
     def moved(value: Any) -> Any:
         if isinstance(value, Size):
-            return Size(place(value.step), value.dimension)  # type: ignore[arg-type]
+            return Size(place(value.step))  # type: ignore[arg-type]
         if isinstance(value, SizeExpression):
             return SizeExpression(value.function, moved(value.arguments))
         if isinstance(value, tuple):
@@ -747,7 +833,7 @@ def _renumber(step: Step, place: Callable[[int], int | None]) -> Step:
             return slice(moved(value.start), moved(value.stop), moved(value.step))
         return value
 
-    changes = {name: moved(getattr(step.layer, name)) for name in step.layer.__dataclass_fields__}
+    changes = {field.name: moved(getattr(step.layer, field.name)) for field in fields(step.layer)}
     return replace(step, layer=replace(step.layer, **changes))
 
 
@@ -763,8 +849,8 @@ def _classify_merges(steps: list[Step]) -> list[Step]:
                 sum(isinstance(steps[i].layer, Linear) for i in branch) for branch in (first - second, second - first)
             ]
             skip = 0 if counts[0] < counts[1] else 1
-            kind = "projection" if counts[skip] else "identity"
-            step = replace(step, layer=Merge(skip, kind, counts[0] == counts[1]))
+            ambiguous = counts[0] == counts[1]
+            step = replace(step, layer=Merge(skip, "projection" if counts[skip] else "identity", ambiguous))
         result.append(step)
     return result
 

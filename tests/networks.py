@@ -13,8 +13,10 @@ def calibrated(model: nn.Module, seed: int, shape: tuple[int, ...] = (8, 3, 64, 
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 1.4 - 0.2)
-                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.2)
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 0.7 - 0.1)
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.1 + 0.05)
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.05)
                 module.momentum = 0.5
         model.train()
         for _ in range(5):

@@ -88,7 +88,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def stabilized(z: Tensor, stabilizer: Stabilizer, may_vanish: bool) -> Tensor:
     """``stab(z)``; ``may_vanish``: z may be negative, so that an unsigned ``z + ε`` could be zero."""
     if stabilizer.signed:
-        return z + torch.where(z < 0, -stabilizer.epsilon, stabilizer.epsilon)
+        return torch.where(z < 0, z - stabilizer.epsilon, z + stabilizer.epsilon)
     z = z + stabilizer.epsilon
     return z.masked_fill(z == 0, stabilizer.epsilon) if may_vanish else z
 
@@ -370,7 +370,7 @@ class LinearOperation:
         assert isinstance(layer, Convolution)
         groups = self.window.shape[0]
         summed = s.unflatten(1, (groups, -1)).sum(2)
-        summed = summed if count is None else summed / count
+        summed = summed if count is None else summed / count.clamp(min=1)  # 0 where a window lies in the padding
         box = transposed_convolution(summed, self.window, layer, (groups, *shape[1:]), groups)
         channels = shape[0] // groups
         if heatmap:

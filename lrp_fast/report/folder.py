@@ -1,0 +1,186 @@
+"""A folder of results: what its files are called, what may be replaced in it, and its table ``results.csv``.
+
+A folder remembers in ``.lrp-fast-files`` which of its files are ours. Those are replaced by a later run; a file that
+somebody else put there never is.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+MANIFEST = ".lrp-fast-files"
+TABLE = "results.csv"
+PAGE = "index.html"
+COLUMNS = ("file", "class", "class_index", "probability", "leak", "status", "reason", "overlay", "map")
+_FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
+_LONGEST_STEM = 100
+
+
+class ForeignFileError(Exception):
+    """Writing would replace files that are not ours; the message names them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of ``results.csv``: an explained picture, or (``reason`` set) one that failed.
+
+    ``class_index``, ``probability`` and ``leak`` are numbers, ``None`` for a failure; ``overlay`` and ``map`` are file
+    names in the folder, empty for a failure.
+    """
+
+    file: str
+    class_name: str = ""
+    class_index: int | None = None
+    probability: float | None = None
+    leak: float | None = None
+    reason: str = ""
+    overlay: str = ""
+    map: str = ""
+
+    def cells(self) -> list[str]:
+        """The cells under ``COLUMNS``: text made safe, numbers as they are."""
+        status = "failed" if self.reason else "ok"
+        numbers = [_number(self.class_index), _number(self.probability), _number(self.leak)]
+        file, name, reason = (safe_cell(text) for text in (self.file, self.class_name, self.reason))
+        return [file, name, *numbers, status, reason, self.overlay, self.map]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else repr(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def safe_cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: one that begins like a formula gets an apostrophe in front."""
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+def printable(path: Path | str) -> str:
+    """A path as text that can be written as UTF-8, bytes that are not shown as ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """A file name without suffix for each input path: its stem made safe, numbered where two would collide.
+
+    Only ASCII letters, digits, ``.``, ``_`` and ``-``, beginning with neither ``.`` nor ``-``, at most 100 characters
+    and the number; names that differ only in case count as colliding, since some file systems do not tell them apart.
+    """
+    taken: set[str] = set()
+    names = []
+    for path in paths:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", path.stem).lstrip(".-")[:_LONGEST_STEM] or "image"
+        name, number = stem, 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def brief_names(names: Sequence[str]) -> dict[str, str]:
+    """For each path its name from the innermost folder that holds all of them; as it is where there is none."""
+    folders = {os.path.dirname(name) for name in names}
+    # Absolute and relative paths together have no common folder.
+    if len({os.path.isabs(folder) for folder in folders}) != 1:
+        return {name: name for name in names}
+    common = os.path.commonpath(folders)
+    return {name: os.path.relpath(name, common) if common else name for name in names}
+
+
+class OutputFolder:
+    """A folder that results are written into, made if missing; used as ``with OutputFolder(path, planned) as folder``.
+
+    ``planned``: the names of every file that may be written. Entering raises :class:`ForeignFileError` if one of them
+    exists and is not ours, ``OSError`` if the folder cannot be made or written. ``results.csv`` is begun at once and
+    every row reaches the disk as it comes, so an interrupted run leaves all it had done.
+    """
+
+    def __init__(self, path: Path, planned: Iterable[str]) -> None:
+        self.path = path
+        self._planned = dict.fromkeys([*planned, TABLE, PAGE])
+
+    def __enter__(self) -> OutputFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._ours = self._read_manifest()
+        foreign = [name for name in self._planned if name not in self._ours and os.path.lexists(self.path / name)]
+        if foreign:
+            listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+            raise ForeignFileError(f"{self.path} holds files that lrp-fast did not write: {listed}")
+        self._replace(MANIFEST, "".join(f"{name}\n" for name in sorted(self._ours)).encode())
+        self._manifest: TextIO = open(self.path / MANIFEST, "a", encoding="utf-8")
+        self._table = self._open_table()
+        self._writer = csv.writer(self._table)
+        self._writer.writerow(COLUMNS)
+        self._table.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._table.close()
+        self._manifest.close()
+
+    def add_row(self, row: Row) -> None:
+        """Append a row to ``results.csv``."""
+        self._writer.writerow(row.cells())
+        self._table.flush()
+
+    def write(self, name: str, content: bytes) -> str:
+        """Write a planned file, whole or not at all, and return its name; ``ValueError`` for an unplanned name."""
+        if name not in self._planned:
+            raise ValueError(f"{name!r} is not among the files planned for {self.path}")
+        self._own(name)
+        self._replace(name, content)
+        return name
+
+    def _read_manifest(self) -> set[str]:
+        manifest = self.path / MANIFEST
+        if not manifest.is_file():
+            return set()
+        return set(manifest.read_text(encoding="utf-8", errors="replace").splitlines())
+
+    def _own(self, name: str) -> None:
+        if name not in self._ours:
+            self._ours.add(name)
+            self._manifest.write(f"{name}\n")
+            self._manifest.flush()
+
+    def _open_table(self) -> TextIO:
+        # Unlinked and made anew, so that a link is replaced and what it points to left alone.
+        self._own(TABLE)
+        (self.path / TABLE).unlink(missing_ok=True)
+        return open(self.path / TABLE, "x", newline="", encoding="utf-8")
+
+    def _replace(self, name: str, content: bytes) -> None:
+        partial = self.path / f".{name}.partial"
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:
+            file.write(content)
+        os.replace(partial, self.path / name)
+
+
+def encode_image(image: Image.Image, kind: str, quality: int = 92) -> bytes:
+    """A picture as the bytes of a file of that format; ``quality`` counts where the format has one."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=quality)
+    return buffer.getvalue()
+
+
+def encode_map(heatmap: Tensor) -> bytes:
+    """A map as the bytes of an ``.npy`` file of its own shape and dtype."""
+    buffer = io.BytesIO()
+    np.save(buffer, heatmap.numpy(), allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,390 @@
+"""The public API: what it returns, what it refuses, and that it leaves the model alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrp_fast import LRP, Composite, Splits, TraceError, heat_quantize, list_composites
+from lrp_fast.rules import Epsilon, Gamma
+from networks import CifarResNet, calibrated
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return calibrated(CifarResNet(1), 3, (8, 3, SIDE, SIDE))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, SIDE, SIDE)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The largest relative L2 error of any map."""
+    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
+    return float((difference / expected.double().flatten(1).norm(dim=1)).max())
+
+
+def test_attribution_holds_what_it_says(model: nn.Module, images: Tensor) -> None:
+    result = LRP(model).explain(images, layers=("blocks.1", "conv1"))
+    with torch.no_grad():
+        expected = model(images)
+    assert result.relevance is not None
+    assert relative_error(result.output, expected) <= 1e-5
+    assert torch.equal(result.target, expected.argmax(1))
+    assert result.target.dtype == torch.int64
+    assert torch.allclose(result.start, expected.softmax(1).amax(1), rtol=1e-5)
+    assert torch.equal(result.heatmap, result.relevance.sum(1))
+    total = result.relevance.double().flatten(1).sum(1)
+    assert torch.allclose(result.leak, ((result.start - total) / result.start).float(), atol=1e-6)
+    assert set(result.layers) == {"blocks.1", "conv1"}
+    assert result.layers["blocks.1"].shape == (4, 32, SIDE // 2, SIDE // 2)
+    everything = (result.relevance, result.heatmap, result.output, result.start, result.leak, *result.layers.values())
+    for tensor in everything:
+        assert tensor.dtype == torch.float32
+        assert not tensor.requires_grad
+        assert not tensor.is_inference()
+
+
+@pytest.mark.parametrize("composite", list(list_composites()))
+def test_relevance_of_layers_is_the_references(model: nn.Module, images: Tensor, composite: str) -> None:
+    names = ("bn1", "blocks.0", "blocks.1.conv1", "blocks.1", "blocks.2.bn2", "linear")
+    expected = LRP(model, composite, backend="reference").explain(images, layers=names)
+    got = LRP(model, composite).explain(images, layers=names)
+    bound = 1e-5 if composite in ("otsuki2024", "conserving") else 1e-3
+    for name in names:
+        assert relative_error(got.layers[name], expected.layers[name]) <= bound, name
+    plain = LRP(model, composite).explain(images)
+    assert relative_error(got.heatmap, plain.heatmap) <= 1e-5
+
+
+def test_targets(model: nn.Module, images: Tensor) -> None:
+    explainer = LRP(model)
+    several = explainer.explain(images, target=torch.tensor([[1, 5, 7]] * 4), layers=("blocks.0",))
+    assert several.relevance is not None
+    assert several.relevance.shape == (4, 3, 3, SIDE, SIDE)
+    assert several.output.shape == (4, 10)
+    for column, target in enumerate((1, 5, 7)):
+        for form in (target, [target] * 4, (target,) * 4, torch.full((4,), target), torch.tensor(target)):
+            single = explainer.explain(images, target=form, layers=("blocks.0",))
+            assert single.target.tolist() == [target] * 4
+            assert relative_error(several.relevance[:, column], single.relevance) <= 1e-5
+            assert relative_error(several.layers["blocks.0"][:, column], single.layers["blocks.0"]) <= 1e-5
+            assert torch.allclose(several.heatmap[:, column], single.heatmap, rtol=1e-4, atol=1e-7)
+            assert torch.allclose(several.leak[:, column], single.leak, atol=1e-5)
+            assert torch.allclose(several.start[:, column], single.start, rtol=1e-6)
+
+
+def test_several_targets_for_every_composite(model: nn.Module, images: Tensor) -> None:
+    targets = torch.randint(10, (4, 2))
+    for name in list_composites():
+        got = LRP(model, name).explain(images, targets).relevance
+        expected = LRP(model, name, backend="reference").explain(images, targets).relevance
+        assert got is not None
+        assert expected is not None
+        bound = 1e-5 if name in ("otsuki2024", "conserving") else 1e-3
+        assert relative_error(got.flatten(0, 1), expected.flatten(0, 1)) <= bound, name
+
+
+def test_starts(model: nn.Module, images: Tensor) -> None:
+    explainer = LRP(model)
+    with torch.no_grad():
+        output = model(images)
+    one = explainer.explain(images, start="one")
+    assert torch.equal(one.start, torch.ones(4))
+    logit = explainer.explain(images, start="logit")
+    assert torch.allclose(logit.start, output.amax(1), rtol=1e-4)
+    assert relative_error(logit.relevance, one.relevance * logit.start.view(-1, 1, 1, 1)) <= 1e-5
+    given = torch.rand(4, 10)
+    by_tensor = explainer.explain(images, start=given)
+    by_function = explainer.explain(images, start=lambda logits: given.to(logits))
+    assert torch.equal(by_tensor.relevance, by_function.relevance)
+    assert torch.allclose(by_tensor.start, given.sum(1))
+    assert torch.equal(by_tensor.target, output.argmax(1))
+    expected = LRP(model, backend="reference").explain(images, start=given)
+    assert relative_error(by_tensor.relevance, expected.relevance) <= 1e-5
+    three = explainer.explain(images, start=torch.stack([given, given * 2, given.flip(1)], 1))
+    assert relative_error(three.relevance[:, 1], 2 * by_tensor.relevance) <= 1e-5
+
+
+def test_nothing_in_nothing_out(model: nn.Module, images: Tensor) -> None:
+    result = LRP(model, "conserving").explain(images, start=torch.zeros(4, 10))
+    assert torch.equal(result.leak, torch.zeros(4))
+    assert torch.equal(result.heatmap, torch.zeros(4, SIDE, SIDE))
+
+
+def test_attribute_is_captums(model: nn.Module, images: Tensor) -> None:
+    explainer = LRP(model)
+    relevance = explainer.attribute(images, target=2)
+    assert isinstance(relevance, Tensor)
+    assert relevance.shape == images.shape
+    again, delta = explainer.attribute(images, target=2, return_convergence_delta=True)
+    assert torch.equal(relevance, again)
+    start = explainer.explain(images, 2).start
+    assert torch.allclose(delta, start - relevance.flatten(1).sum(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("composite", list(list_composites()))
+def test_heatmap_alone_is_the_channel_sum(model: nn.Module, images: Tensor, composite: str) -> None:
+    explainer = LRP(model, composite)
+    whole, alone = explainer.explain(images), explainer.explain(images, relevance=False)
+    assert alone.relevance is None
+    assert relative_error(alone.heatmap, whole.heatmap) <= 1e-5
+    assert torch.allclose(alone.leak, whole.leak, atol=1e-5)
+
+
+@pytest.mark.parametrize("composite", list(list_composites()))
+def test_a_batch_is_its_images(model: nn.Module, composite: str) -> None:
+    # Rules with cancellation magnify float32's rounding, which a batch's size changes, far beyond 1e-5.
+    positive = composite in ("otsuki2024", "conserving", "epsilon_plus", "epsilon_plus_flat")
+    images = torch.randn(8, 3, SIDE, SIDE)
+    explainer = LRP(model, composite, dtype=torch.float32 if positive else torch.float64)
+    batch = explainer.explain(images).relevance
+    single = torch.cat([explainer.explain(image[None]).relevance for image in images])
+    assert relative_error(batch, single) <= 1e-5
+
+
+def test_two_calls_give_equal_bits_and_new_weights_are_noticed(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    first = explainer.explain(images)
+    assert torch.equal(first.relevance, explainer.explain(images).relevance)
+    with torch.no_grad():
+        model.conv1.weight.mul_(1.5)
+        model.blocks[0].bn1.running_mean.add_(0.1)
+    changed = explainer.explain(images)
+    assert relative_error(changed.relevance, first.relevance) > 1e-3
+    assert torch.equal(changed.relevance, LRP(model).explain(images).relevance)
+    model.load_state_dict({key: value * 0.9 for key, value in model.state_dict().items()})
+    assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+    model.linear = nn.Linear(64, 10).eval()
+    assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+
+
+def test_writes_through_data_need_a_refresh(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    explainer.explain(images)
+    model.conv1.weight.data.mul_(1.5)
+    explainer.refresh()
+    assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+
+
+def test_the_model_is_left_as_it_was(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 6, (8, 3, SIDE, SIDE))
+    before = {key: (value.data_ptr(), value._version, value.clone()) for key, value in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    with torch.no_grad():
+        output = model(images)
+    explainer = LRP(model)
+    explainer.explain(images.requires_grad_())
+    explainer.audit(images[:1].detach())
+    with torch.no_grad():
+        assert torch.equal(model(images), output)
+    for key, value in model.state_dict().items():
+        pointer, version, copied = before[key]
+        assert (value.data_ptr(), value._version) == (pointer, version)
+        assert torch.equal(value, copied)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_result_does_not_depend_on_the_callers_modes(model: nn.Module, images: Tensor) -> None:
+    explainer = LRP(model)
+    expected = explainer.explain(images)
+    with torch.inference_mode():
+        inside = explainer.explain(images.clone())
+    assert torch.equal(inside.relevance, expected.relevance)
+    assert not inside.relevance.is_inference()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(explainer.explain(images).relevance, expected.relevance)
+    strided = torch.randn(4, SIDE, SIDE, 6).permute(0, 3, 1, 2)[:, ::2]
+    copied = strided.contiguous()
+    assert relative_error(explainer.explain(strided).relevance, explainer.explain(copied).relevance) <= 1e-6
+
+
+def test_zero_initialised_branches_are_finite(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 7, (8, 3, SIDE, SIDE))
+    for block in model.blocks:
+        nn.init.zeros_(block.bn2.weight)
+        nn.init.zeros_(block.bn2.bias)
+    images[0] = 0
+    images[:, :, : SIDE // 2] = 0
+    for name in list_composites():
+        for split in ("ratio", "symmetric", "residual-only", "signed"):
+            result = LRP(model, name, split).explain(images)
+            assert bool(result.relevance.isfinite().all()), (name, split)
+            expected = LRP(model, name, split, backend="reference").explain(images)
+            scale = expected.relevance.abs().amax() + 1e-12
+            assert float((result.relevance - expected.relevance).abs().amax() / scale) <= 1e-3, (name, split)
+
+
+def test_per_layer_rules(model: nn.Module, images: Tensor) -> None:
+    composite = Composite.named("epsilon-plus").with_rule("blocks.1.*", Gamma(0.25)).with_rule(nn.Linear, Epsilon(1e-3))
+    explainer = LRP(model, composite, split=Splits(identity="symmetric", projection="ratio"))
+    text = explainer.describe()
+    assert "gamma(gamma=0.25" in text
+    assert "epsilon(epsilon=0.001)" in text
+    assert "symmetric split" in text
+    expected = LRP(model, composite, Splits("symmetric", "ratio"), backend="reference").explain(images)
+    assert relative_error(explainer.explain(images).relevance, expected.relevance) <= 1e-3
+    assert relative_error(expected.relevance, LRP(model, "epsilon_plus").explain(images).relevance) > 1e-3
+
+
+def test_bfloat16(model: nn.Module) -> None:
+    images = torch.randn(8, 3, SIDE, SIDE)
+    expected = LRP(model, backend="reference").explain(images)
+    got = LRP(model, dtype=torch.bfloat16).explain(images)
+    assert got.relevance.dtype == torch.float32
+    same = got.target == expected.target
+    assert bool(same.any())
+    assert relative_error(got.relevance[same], expected.relevance[same]) <= 2e-2
+    ranks = [maps[same].flatten(1).argsort(1).argsort(1).double() for maps in (got.heatmap, expected.heatmap)]
+    for one, other in zip(*ranks, strict=True):
+        assert float(torch.corrcoef(torch.stack([one, other]))[0, 1]) >= 0.999
+
+
+def test_model_in_its_own_dtype(model: nn.Module, images: Tensor) -> None:
+    double = copy.deepcopy(model).double()
+    got = LRP(double).explain(images.double())
+    expected = LRP(model, backend="reference").explain(images)
+    assert got.relevance.dtype == expected.relevance.dtype == torch.float64
+    assert relative_error(got.relevance, expected.relevance) <= 1e-12
+    brain = LRP(copy.deepcopy(model).bfloat16())
+    assert brain.dtype == torch.bfloat16
+    assert brain.explain(images).relevance.dtype == torch.float32
+
+
+def test_compiled_is_the_same(model: nn.Module, images: Tensor) -> None:
+    compiled = LRP(model, compile=True)
+    expected = LRP(model, backend="reference").explain(images, layers=("blocks.0",))
+    got = compiled.explain(images, layers=("blocks.0",))
+    assert relative_error(got.relevance, expected.relevance) <= 1e-5
+    assert relative_error(got.layers["blocks.0"], expected.layers["blocks.0"]) <= 1e-5
+
+
+def test_which_backend_ran(model: nn.Module, images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "lrp_fast"):
+        explainer = LRP(model)
+    assert explainer.backend == "torch"
+    assert "backend: torch" in caplog.text
+    assert LRP(model, backend="reference").backend == "reference"
+    assert LRP(model, backend="reference").explain(images[:1]).relevance.dtype == torch.float64
+    assert all(row.endswith("torch") for row in explainer.describe().splitlines()[2:])
+
+
+class TestErrors:
+    """Bad input is refused at the edge, with what was got and what is expected."""
+
+    def test_training_mode(self, images: Tensor) -> None:
+        model = CifarResNet(1)
+        with pytest.raises(TraceError, match=r"eval\(\)"):
+            LRP(model)
+        explainer = LRP(model.eval())
+        model.blocks[0].bn1.train()
+        with pytest.raises(TraceError, match=r"blocks\.0\.bn1.*eval\(\)"):
+            explainer.explain(images)
+
+    def test_names(self, model: nn.Module) -> None:
+        with pytest.raises(ValueError, match="otsuki2024.*epsilon_plus"):
+            LRP(model, "epsilon_minus")
+        with pytest.raises(ValueError, match="ratio.*symmetric"):
+            LRP(model, split="half")
+        with pytest.raises(ValueError, match="auto, reference, torch"):
+            LRP(model, backend="jax")
+        with pytest.raises(TypeError, match="composite"):
+            LRP(model, 3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="split"):
+            LRP(model, split=3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+            LRP("resnet50")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="float16"):
+            LRP(model, dtype=torch.float16)
+
+    @pytest.mark.parametrize(
+        ("shape", "text"),
+        [
+            ((3, SIDE, SIDE), r"N x 3 x H x W.*\(3, 32, 32\)"),
+            ((2, 4, SIDE, SIDE), r"N x 3 x H x W.*\(2, 4, 32, 32\)"),
+            ((0, 3, SIDE, SIDE), r"\(0, 3, 32, 32\)"),
+            ((2, 3, SIDE, 0), r"\(2, 3, 32, 0\)"),
+            ((2, 3, 16, 64), r"\(2, 3, 16, 64\)"),
+        ],
+    )
+    def test_shapes(self, model: nn.Module, shape: tuple[int, ...], text: str) -> None:
+        with pytest.raises(ValueError, match=text):
+            LRP(model).explain(torch.randn(shape))
+
+    def test_values(self, model: nn.Module, images: Tensor) -> None:
+        images[2, 0, 3, 3] = float("nan")
+        images[3, 1, 0, 0] = float("inf")
+        with pytest.raises(ValueError, match="not finite.*sample 2, 3"):
+            LRP(model).explain(images)
+
+    def test_types(self, model: nn.Module, images: Tensor) -> None:
+        with pytest.raises(TypeError, match="uint8"):
+            LRP(model).explain((images * 255).to(torch.uint8))
+        with pytest.raises(TypeError, match="ndarray"):
+            LRP(model).explain(images.numpy())  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="meta.*cpu"):
+            LRP(model).explain(images.to("meta"))
+
+    @pytest.mark.parametrize("target", [10, -1, [0, 1, 2, 99]])
+    def test_target_out_of_range(self, model: nn.Module, images: Tensor, target: int | list[int]) -> None:
+        number = target if isinstance(target, int) else 99
+        with pytest.raises(ValueError, match=f"{number}.*0 to 9"):
+            LRP(model).explain(images, target)
+
+    @pytest.mark.parametrize("target", [[1, 2], torch.zeros(4, 0, dtype=torch.int64), torch.zeros(4, 1, 1).long()])
+    def test_target_of_wrong_shape(self, model: nn.Module, images: Tensor, target: list[int] | Tensor) -> None:
+        with pytest.raises(ValueError, match="4"):
+            LRP(model).explain(images, target)
+
+    @pytest.mark.parametrize("target", ["cat", 1.5, torch.tensor([True] * 4), [[1], [2, 3], [1], [1]]])
+    def test_target_of_wrong_type(self, model: nn.Module, images: Tensor, target: object) -> None:
+        with pytest.raises(TypeError, match="target"):
+            LRP(model).explain(images, target)  # type: ignore[arg-type]
+
+    def test_starts(self, model: nn.Module, images: Tensor) -> None:
+        explainer = LRP(model)
+        with pytest.raises(ValueError, match="probability, logit, one"):
+            explainer.explain(images, start="logits")
+        with pytest.raises(ValueError, match=r"\(4, 10\).*\(4, 9\)"):
+            explainer.explain(images, start=torch.rand(4, 9))
+        with pytest.raises(ValueError, match="no target"):
+            explainer.explain(images, target=1, start=torch.rand(4, 10))
+        with pytest.raises(TypeError, match="start"):
+            explainer.explain(images, start=lambda output: "all")  # type: ignore[arg-type,return-value]
+        with pytest.raises(ValueError, match="not finite"):
+            explainer.explain(images, start=torch.full((4, 10), float("nan")))
+
+    def test_layers(self, model: nn.Module, images: Tensor) -> None:
+        with pytest.raises(ValueError, match=r"'blocks\.7'.*blocks\.0"):
+            LRP(model).explain(images, layers=("blocks.7",))
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, lrp_fast\n"
+        "from lrp_fast import LRP, Composite, Splits, heat_quantize, list_composites\n"
+        "heavy = {'triton', 'torchvision', 'timm', 'matplotlib', 'zennit', 'captum', 'typer', 'jinja2'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_quantized_heatmaps_keep_order(model: nn.Module, images: Tensor) -> None:
+    heatmap = LRP(model).explain(images).heatmap
+    quantized = heat_quantize(heatmap, levels=8)
+    assert bool((quantized <= heatmap + 1e-12).all())
+    assert all(len(image.unique()) <= 8 for image in quantized)

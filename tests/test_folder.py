@@ -1,0 +1,163 @@
+"""The output folder: safe names, a table that no spreadsheet executes, and never a file of somebody else's replaced."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lrp_fast.report.folder import (
+    COLUMNS,
+    ForeignFileError,
+    OutputFolder,
+    Row,
+    brief_names,
+    encode_image,
+    encode_map,
+    output_names,
+    printable,
+    safe_cell,
+)
+
+
+def table(folder: Path) -> list[list[str]]:
+    with open(folder / "results.csv", newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_output_names_are_safe_and_distinct() -> None:
+    stems = ["cat", "=cmd|calc", "..", ".hidden", "-rf", "<b>", "a b\n", "日本", "x" * 300, "a/../b", "..\\up", "%2e"]
+    names = output_names([Path(f"/pictures/{stem}.png") for stem in stems])
+    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,110}", name) for name in names)
+    assert len({name.lower() for name in names}) == len(names)
+    assert names[0] == "cat"
+    assert names[1] == "_cmd_calc"
+
+
+def test_output_names_are_numbered_where_they_collide() -> None:
+    paths = [Path(name) for name in ("a/cat.png", "b/cat.jpg", "Cat.gif", "cat-2.png", "b/cat.png")]
+    assert output_names(paths) == ["cat", "cat-2", "Cat-3", "cat-2-2", "cat-4"]
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝"])
+def test_no_text_cell_starts_a_formula(tmp_path: Path, start: str) -> None:
+    row = Row(f"{start}cmd.png", f"{start}class", 3, 0.25, -0.5)
+    with OutputFolder(tmp_path, []) as folder:
+        folder.add_row(row)
+        folder.add_row(Row("ok.png", reason=f"{start}reason"))
+    header, first, second = table(tmp_path)
+    assert header == list(COLUMNS)
+    assert first[:5] == [f"'{start}cmd.png", f"'{start}class", "3", "0.25", "-0.5"]
+    assert second[5:7] == ["failed", f"'{start}reason"]
+
+
+def test_ordinary_cells_stay_and_numbers_are_numbers(tmp_path: Path) -> None:
+    text = 'a "quoted", <b>name</b>\nwith a newline.png'
+    leak, probability = float(np.random.default_rng().normal()) * 1e-5, float(np.random.default_rng().random())
+    with OutputFolder(tmp_path, []) as folder:
+        folder.add_row(Row(text, "great grey owl", 24, probability, leak, "", "x.png", "x.npy"))
+    _, row = table(tmp_path)
+    assert row[:3] == [text, "great grey owl", "24"]
+    assert float(row[3]) == pytest.approx(probability, rel=1e-5)
+    assert float(row[4]) == pytest.approx(leak, rel=1e-5)
+    assert row[5:] == ["ok", "", "x.png", "x.npy"]
+    assert safe_cell("plain") == "plain"
+
+
+def test_a_name_that_is_not_text_can_be_written(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(b"caf\xe9.png"))
+    with OutputFolder(tmp_path, []) as folder:
+        folder.add_row(Row(printable(odd)))
+    assert table(tmp_path)[1][0] == "caf\\xe9.png"
+
+
+def test_rows_reach_the_disk_at_once(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "made" / "here", []) as folder:
+        for count in range(1, 4):
+            folder.add_row(Row(f"{count}.png"))
+            assert len(table(folder.path)) == 1 + count
+
+
+def test_our_files_are_replaced_and_foreign_ones_never(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path, ["cat.png"]) as folder:
+        folder.write("cat.png", b"first")
+    with OutputFolder(tmp_path, ["cat.png", "dog.png"]) as folder:
+        folder.write("cat.png", b"second")
+    assert (tmp_path / "cat.png").read_bytes() == b"second"
+    (tmp_path / "dog.png").write_bytes(b"a photograph")
+    with pytest.raises(ForeignFileError, match=r"did not write: dog\.png$"), OutputFolder(tmp_path, ["dog.png"]):
+        pass
+    assert (tmp_path / "dog.png").read_bytes() == b"a photograph"
+    with OutputFolder(tmp_path, ["cat.png"]):  # other files in the folder do no harm
+        pass
+    assert len(table(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["results.csv", "index.html"])
+def test_a_foreign_table_or_page_is_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ForeignFileError, match=name), OutputFolder(tmp_path, []):
+        pass
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    output, elsewhere = tmp_path / "output", tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    with OutputFolder(output, ["cat.png"]) as folder:
+        folder.write("cat.png", b"x")
+    for name in ("cat.png", "results.csv"):
+        (output / name).unlink()
+        (output / name).symlink_to(elsewhere)
+    with OutputFolder(output, ["cat.png"]) as folder:
+        folder.write("cat.png", b"y")
+        folder.add_row(Row("cat.png"))
+    assert elsewhere.read_text() == "precious"
+    assert (output / "cat.png").read_bytes() == b"y"
+    dangling = output / "dog.png"
+    dangling.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ForeignFileError, match=r"dog\.png"), OutputFolder(output, ["dog.png"]):
+        pass
+
+
+def test_only_planned_names_are_written(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with OutputFolder(output, ["cat.png"]) as folder, pytest.raises(ValueError, match="not among the files"):
+        folder.write("../outside.png", b"x")
+    assert not (tmp_path / "outside.png").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OutputFolder(tmp_path, ["cat.png"]) as folder:
+        folder.write("cat.png", b"whole")
+
+        def fail(*names: object) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr("lrp_fast.report.folder.os.replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            folder.write("cat.png", b"half")
+    assert (tmp_path / "cat.png").read_bytes() == b"whole"
+
+
+def test_brief_names() -> None:
+    assert brief_names(["/x/a.png", "/x/b/c.png"]) == {"/x/a.png": "a.png", "/x/b/c.png": "b/c.png"}
+    assert brief_names(["pictures/a.png"]) == {"pictures/a.png": "a.png"}
+    assert brief_names(["a.png", "b/c.png"]) == {"a.png": "a.png", "b/c.png": "b/c.png"}
+    assert brief_names(["/x/a.png", "b.png"]) == {"/x/a.png": "/x/a.png", "b.png": "b.png"}
+    assert brief_names([]) == {}
+
+
+def test_encoded_maps_and_pictures_read_back() -> None:
+    heatmap = torch.randn(5, 7)
+    assert np.array_equal(np.load(io.BytesIO(encode_map(heatmap)), allow_pickle=False), heatmap.numpy())
+    pixels = np.random.default_rng().integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    encoded = encode_image(Image.fromarray(pixels), "PNG")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), pixels)

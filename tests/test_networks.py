@@ -1,0 +1,172 @@
+"""Whole networks: the torch backend against the float64 reference, and conservation."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lrp_fast import LRP, list_composites, reference
+from lrp_fast.trace import parameter_table
+from networks import CifarResNet, calibrated
+
+POSITIVE = ("otsuki2024", "conserving")
+SPLITS = ("ratio", "symmetric", "residual-only")
+
+
+def _timm(name: str) -> nn.Module:
+    timm = pytest.importorskip("timm", reason="timm's networks need timm")
+    network: nn.Module = timm.create_model(name, num_classes=10)
+    return network
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 97),
+    "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), 65),
+    "resnext50": (lambda: torchvision.models.resnext50_32x4d(num_classes=10), 64),
+    "vgg16_bn": (lambda: torchvision.models.vgg16_bn(num_classes=10), 64),
+    "resnet50d": (lambda: _timm("resnet50d"), 97),
+    "cifar20": (lambda: CifarResNet(3), 65),
+}
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, nn.Module]:
+    return {}
+
+
+def network(networks: dict[str, nn.Module], name: str) -> nn.Module:
+    if name not in networks:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(11)
+            networks[name] = calibrated(NETWORKS[name][0](), 11)
+    return networks[name]
+
+
+def errors(got: Tensor, expected: Tensor) -> Tensor:
+    """Relative L2 error of each map."""
+    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
+    return difference / expected.double().flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("composite", [name for name in list_composites() if name != "epsilon"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_against_the_reference(networks: dict[str, nn.Module], name: str, composite: str) -> None:
+    model, side = network(networks, name), NETWORKS[name][1]
+    images = torch.randn(2, 3, side, side)
+    got = LRP(model, composite).explain(images)
+    expected = LRP(model, composite, backend="reference").explain(images)
+    assert float(errors(got.relevance, expected.relevance).max()) <= (1e-5 if composite in POSITIVE else 1e-3)
+    assert torch.equal(got.target, expected.target)
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "epsilon_alpha2_beta1", "epsilon_gamma_box"])
+def test_cancellation_costs_no_more_than_plain_float32(networks: dict[str, nn.Module], composite: str) -> None:
+    """Where float32 itself falls short of 1e-3 (units within the stabilizer of zero), ours is not worse than plain."""
+    model = network(networks, "cifar20")
+    images = torch.randn(32, 3, 32, 32)
+    explainer = LRP(model, composite)
+    expected = LRP(model, composite, backend="reference").explain(images, start="one")
+    parameters = parameter_table(model, explainer.plan)
+    assignments = explainer.composite.assign(explainer.plan)
+    with torch.no_grad():
+        values = reference.forward(explainer.plan, parameters, images)
+        start = nn.functional.one_hot(expected.target, 10).float()
+        plain = reference.backward(explainer.plan, parameters, assignments, "fold", values, start)
+    assert plain.relevance[0].dtype == torch.float32
+    ours = errors(explainer.explain(images).relevance, expected.relevance)
+    theirs = errors(plain.relevance[0], expected.relevance)
+    # The geometric mean: single units flipping sides of zero make the errors heavy-tailed in either evaluation.
+    assert float(ours.log().mean().exp()) <= 2 * float(theirs.log().mean().exp())
+    assert float(ours.median()) <= 1e-3
+
+
+@pytest.mark.parametrize("composite", POSITIVE)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_full_size(networks: dict[str, nn.Module], name: str, composite: str) -> None:
+    images = torch.randn(1, 3, 224, 224)
+    got = LRP(network(networks, name), composite).explain(images)
+    expected = LRP(network(networks, name), composite, backend="reference").explain(images)
+    assert float(errors(got.relevance, expected.relevance).max()) <= 1e-5
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101", "wide_resnet50_2", "cifar20"])
+@pytest.mark.parametrize("zero_initialised", [False, True])
+def test_conserving_leaks_nothing(
+    networks: dict[str, nn.Module], name: str, split: str, zero_initialised: bool
+) -> None:
+    if name == "cifar20":
+        model = calibrated(CifarResNet(3), 3) if zero_initialised else network(networks, name)
+    else:
+        model = getattr(torchvision.models, name)(num_classes=10)
+        model = calibrated(model, 5, (4, 3, 64, 64)) if not zero_initialised else model.eval()
+    if zero_initialised:
+        for path, module in model.named_modules():
+            if path.endswith(("bn2", "bn3")) and isinstance(module, nn.BatchNorm2d):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+    images = torch.randn(2, 3, 65, 64)
+    result = LRP(model, "conserving", split).explain(images, start="one", relevance=False)
+    assert bool(result.heatmap.isfinite().all())
+    assert float(result.leak.abs().max()) <= 1e-5
+
+
+def test_targets_in_one_pass_of_a_bottleneck_network(networks: dict[str, nn.Module]) -> None:
+    model, images = network(networks, "resnet50"), torch.randn(2, 3, 64, 64)
+    targets = torch.tensor([[0, 3, 9], [2, 2, 7]])
+    together = LRP(model).explain(images, targets).relevance
+    for column in range(3):
+        alone = LRP(model).explain(images, targets[:, column]).relevance
+        assert float(errors(together[:, column], alone).max()) <= 1e-5
+
+
+class TestTrained:
+    """The trained networks beside the checkout, on photographs."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def photographs(shared_data: pathlib.Path) -> Tensor:
+        files = sorted(shared_data.glob("imagenette/*/*.JPEG"))[::100]
+        pictures = [torchvision.io.decode_image(str(file), "RGB")[None] / 255 for file in files]
+        mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+        return (torch.cat(pictures) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+    @staticmethod
+    def load(shared_data: pathlib.Path, name: str) -> nn.Module:
+        model: nn.Module = getattr(torchvision.models, name)(num_classes=10)
+        model.load_state_dict(load_file(shared_data / f"{name}_imagenette.safetensors"))
+        return model.float().eval()
+
+    @pytest.mark.parametrize("composite", list(list_composites()))
+    @pytest.mark.parametrize(("name", "side"), [("resnet18", 224), ("resnet50", 97)])
+    def test_against_the_reference(
+        self, shared_data: pathlib.Path, photographs: Tensor, name: str, side: int, composite: str
+    ) -> None:
+        model = self.load(shared_data, name)
+        images = nn.functional.interpolate(photographs, (side, side), mode="bilinear", antialias=True)
+        got = LRP(model, composite).explain(images)
+        expected = LRP(model, composite, backend="reference").explain(images)
+        assert float(errors(got.relevance, expected.relevance).max()) <= (1e-5 if composite in POSITIVE else 1e-3)
+
+    def test_bfloat16(self, shared_data: pathlib.Path, photographs: Tensor) -> None:
+        model = self.load(shared_data, "resnet50")
+        expected = LRP(model, backend="reference").explain(photographs, start="one")
+        got = LRP(model, dtype=torch.bfloat16).explain(photographs, target=expected.target, start="one")
+        assert float(errors(got.relevance, expected.relevance).max()) <= 2e-2
+        for one, other in zip(got.heatmap.flatten(1), expected.heatmap.flatten(1), strict=True):
+            ranks = torch.stack([one.double().argsort().argsort(), other.argsort().argsort()]).double()
+            assert float(torch.corrcoef(ranks)[0, 1]) >= 0.999
+
+    @pytest.mark.parametrize("split", SPLITS)
+    @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+    def test_conserving_leaks_nothing(
+        self, shared_data: pathlib.Path, photographs: Tensor, name: str, split: str
+    ) -> None:
+        leak = LRP(self.load(shared_data, name), "conserving", split).explain(photographs, relevance=False).leak
+        assert float(leak.abs().max()) <= 1e-5

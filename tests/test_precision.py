@@ -1,0 +1,131 @@
+"""The global precision settings are what the caller made them, during nobody else's code and after ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_composites import SmallResNet
+from torch import Tensor
+
+from lrp_fast import LRP
+from lrp_fast.precision import float32_precision
+
+backends = torch.backends
+SETTINGS = {
+    "cudnn.conv": backends.cudnn.conv,
+    "cudnn.rnn": backends.cudnn.rnn,
+    "cuda.matmul": backends.cuda.matmul,
+    "mkldnn.conv": backends.mkldnn.conv,
+    "mkldnn.rnn": backends.mkldnn.rnn,
+    "mkldnn.matmul": backends.mkldnn.matmul,
+}
+ON_CPU = ("mkldnn.conv", "mkldnn.matmul")
+ON_GPU = ("cudnn.conv", "cuda.matmul")
+CALLERS_CHOICES = ["nothing", "medium", "high", "generic tf32", "generic ieee", "no cudnn tf32", "one by one"]
+
+
+def settings() -> dict[str, str]:
+    return {name: setting.fp32_precision for name, setting in SETTINGS.items()} | {"generic": backends.fp32_precision}
+
+
+@pytest.fixture(autouse=True)
+def settings_restored() -> Iterator[None]:
+    """Whatever a test chooses does not outlive it."""
+    before, of_products = settings(), torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(of_products)
+    backends.fp32_precision = before.pop("generic")
+    for name, value in before.items():
+        SETTINGS[name].fp32_precision = value
+
+
+def choose(choice: str) -> None:
+    """What a caller may have set before."""
+    if choice in ("medium", "high"):
+        torch.set_float32_matmul_precision(choice)
+    elif choice.startswith("generic"):
+        backends.fp32_precision = choice.split()[1]
+    elif choice == "no cudnn tf32":
+        backends.cudnn.allow_tf32 = False
+    elif choice == "one by one":
+        backends.mkldnn.conv.fp32_precision = "bf16"
+        backends.cuda.matmul.fp32_precision = "tf32"
+        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("choice", CALLERS_CHOICES)
+def test_inside_is_full_precision_and_after_is_as_before(choice: str, tf32: bool) -> None:
+    choose(choice)
+    before = settings()
+    with float32_precision(tf32):
+        inside = settings()
+    assert settings() == before
+    assert all(inside[name] in ("ieee", "none") for name in ON_CPU)
+    assert all(inside[name] in (("tf32",) if tf32 else ("ieee", "none")) for name in ON_GPU)
+
+
+@pytest.mark.parametrize("choice", CALLERS_CHOICES)
+def test_after_an_exception_it_is_as_before(choice: str) -> None:
+    choose(choice)
+    before = settings()
+    with pytest.raises(ZeroDivisionError), float32_precision(True):
+        _ = 1 / 0
+    assert settings() == before
+
+
+def test_what_was_inherited_stays_inherited() -> None:
+    """A setting that followed a wider one follows it again afterwards."""
+    for setting in SETTINGS.values():
+        setting.fp32_precision = "none"
+    backends.fp32_precision = "tf32"
+    with float32_precision(False):
+        assert backends.mkldnn.matmul.fp32_precision == "ieee"
+    backends.fp32_precision = "ieee"
+    assert {setting.fp32_precision for setting in SETTINGS.values()} == {"ieee"}
+
+
+def test_what_was_chosen_stays_chosen() -> None:
+    backends.mkldnn.conv.fp32_precision = "bf16"
+    with float32_precision(False):
+        pass
+    backends.fp32_precision = "ieee"
+    assert backends.mkldnn.conv.fp32_precision == "bf16"
+
+
+@pytest.mark.parametrize("choice", CALLERS_CHOICES)
+def test_explaining_changes_no_setting(choice: str) -> None:
+    choose(choice)
+    before = settings()
+    explainer, x = LRP(SmallResNet()), torch.randn(1, 3, 8, 8)
+    inside: list[dict[str, str]] = []
+
+    def start(logits: Tensor) -> Tensor:
+        inside.append(settings())
+        return logits.softmax(1)
+
+    explainer.explain(x, start=start)
+    assert settings() == before
+    assert all(inside[0][name] in ("ieee", "none") for name in (*ON_CPU, *ON_GPU))
+
+    def broken(logits: Tensor) -> Tensor:
+        raise KeyError("the caller's own error")
+
+    with pytest.raises(KeyError, match="the caller's own error"):
+        explainer.explain(x, start=broken)
+    assert settings() == before
+
+
+def test_a_callers_low_precision_does_not_reach_the_map() -> None:
+    model, x = SmallResNet(), torch.randn(2, 3, 16, 16)
+    target = torch.tensor([0, 1])
+    explainer = LRP(model, "epsilon_plus")
+    before = explainer.explain(x, target)
+    torch.set_float32_matmul_precision("medium")
+    backends.mkldnn.conv.fp32_precision = "bf16"
+    after = explainer.explain(x, target)
+    assert torch.equal(before.heatmap, after.heatmap)
+    assert torch.equal(before.output, after.output)
+    assert torch.get_float32_matmul_precision() == "medium"
