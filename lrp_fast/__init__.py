@@ -1,8 +1,8 @@
 """Layer-wise relevance propagation for residual networks, fast and checked against a float64 reference.
 
-    from lrp_fast import LRP, heat_quantize
-    result = LRP(model).explain(images)          # the method of Otsuki et al., ECCV 2024
-    heat_quantize(result.heatmap, levels=8)      # N x H x W
+from lrp_fast import LRP, heat_quantize
+result = LRP(model).explain(images)          # the method of Otsuki et al., ECCV 2024
+heat_quantize(result.heatmap, levels=8)      # N x H x W
 """
 
 from lrp_fast.composites import Composite, list_composites, register_composite

@@ -226,9 +226,7 @@ def _make_explainer(
         raise CommandError(f"{loaded.name}: {error}") from error
 
 
-def _settings(
-    loaded: LoadedModel, composite: Composite, splits: Splits | None, options: RunOptions
-) -> dict[str, str]:
+def _settings(loaded: LoadedModel, composite: Composite, splits: Splits | None, options: RunOptions) -> dict[str, str]:
     """The header of the gallery: everything that decides what its pictures show, label to text."""
     size = loaded.preprocessing.crop
     smoothing = default_smoothing(size, size) if options.smoothing is None else options.smoothing

@@ -28,7 +28,7 @@ from lrp_fast.backends.torch import (
     times_plus,
 )
 from lrp_fast.composites import Assignment
-from lrp_fast.layers import Average, Dense, Input, Linear, MaxPool, AdaptiveMaxPool, Merge, Parameters, ReLU, Shape
+from lrp_fast.layers import AdaptiveMaxPool, Average, Dense, Input, Linear, MaxPool, Merge, Parameters, ReLU, Shape
 from lrp_fast.plan import Plan
 
 Operation = LinearOperation | ProportionalPool | WinnerPool | MergeOperation | None
@@ -91,7 +91,7 @@ class Program:
     ) -> None:  # fmt: skip
         self.plan, self.shapes, self.dtype = plan, shapes, like.dtype
         self.operations: list[Operation] = []
-        for index, (step, assignment) in enumerate(zip(plan.steps, assignments, strict=True)):
+        for index, assignment in enumerate(assignments):
             self.operations.append(_bind(plan, index, assignment, linears, shapes, like))
         self.layers = [step.layer.resolved(shapes) for step in plan.steps]
         self.units = _units(plan, self.operations, observed)
@@ -148,7 +148,9 @@ class Program:
                     assert isinstance(branch, LinearOperation)
                     tape[source] = (branch.gates(*pending.pop(source), weight), tape[source][1])
             stored = [weight.to(self.dtype) if isinstance(weight, Tensor) else weight for weight in weights]
-            kept = [None if self.units[i].numerator == "weight" else w for i, w in zip(unit.inputs, stored, strict=True)]
+            kept = [
+                None if self.units[i].numerator == "weight" else w for i, w in zip(unit.inputs, stored, strict=True)
+            ]
             return value.relu() if unit.relu else value, kept
         if isinstance(operation, (ProportionalPool, WinnerPool)):
             return operation.forward(sources[0])
@@ -237,7 +239,9 @@ def _bind(
     if isinstance(layer, Merge):
         assert assignment.split is not None
         zeros = [plan.structural_zeros(source, shapes) for source in step.inputs]
-        return MergeOperation(layer, assignment.split, [z if z is None else z.to(like.device) for z in zeros], like.dtype)
+        return MergeOperation(
+            layer, assignment.split, [z if z is None else z.to(like.device) for z in zeros], like.dtype
+        )
     if isinstance(layer, (MaxPool, AdaptiveMaxPool, Average)):
         assert assignment.pool is not None
         if assignment.pool.kind == "winner":
@@ -271,17 +275,15 @@ def _units(plan: Plan, operations: Sequence[Operation], observed: frozenset[int]
     ]
 
 
-def _decide(
-    unit: Unit, readers: Sequence[int], operations: Sequence[Operation], plan: Plan, observed: bool
-) -> Unit:
+def _decide(unit: Unit, readers: Sequence[int], operations: Sequence[Operation], plan: Plan, observed: bool) -> Unit:
     """How relevance reaches a unit, from who reads it."""
     reading = [operations[reader] for reader in readers]
     factored = [
         isinstance(operation, (LinearOperation, ProportionalPool)) and operation.factored for operation in reading
     ]
     dense = [
-        not factor or isinstance(operation, LinearOperation) and operation.guard is not None
-        or isinstance(operation, ProportionalPool) and operation.valid is not None
+        not factor or (isinstance(operation, LinearOperation) and operation.guard is not None)
+        or (isinstance(operation, ProportionalPool) and operation.valid is not None)
         for factor, operation in zip(factored, reading, strict=True)
     ]  # fmt: skip
     free = isinstance(operations[unit.step], LinearOperation) and not observed and unit.output != plan.output

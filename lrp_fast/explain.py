@@ -14,7 +14,6 @@ from lrp_fast import reference
 from lrp_fast.audit import Audit, audit_rows
 from lrp_fast.composites import STARTS, Assignment, Composite
 from lrp_fast.engine import BoundLinears, Program, bind_linears
-from lrp_fast.layers import Shape
 from lrp_fast.precision import float32_precision
 from lrp_fast.splits import Split, Splits, as_splits
 from lrp_fast.trace import check_eval, parameter_table, trace
@@ -91,7 +90,7 @@ class LRP:
         split: str | Split | Splits | None = None,
         backend: str = "auto",
         dtype: torch.dtype | None = None,
-        compile: bool = False,  # noqa: A002 - torch's own word for it
+        compile: bool = False,
         *,
         tf32: bool = False,
     ) -> None:
@@ -192,7 +191,9 @@ class LRP:
             kind = getattr(step.layer, "kind", "") if assignment.split else ""
             rows.append((step.name, f"{step.operation} {kind}".strip(), str(chosen or "passing"), self.backend))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        title = f"{type(self.model).__name__}: {self.composite.name}, {self.composite.splits}, {self.dtype}, {self.device}"
+        title = (
+            f"{type(self.model).__name__}: {self.composite.name}, {self.composite.splits}, {self.dtype}, {self.device}"
+        )
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([title, *lines])
 
@@ -207,7 +208,9 @@ class LRP:
     def _place(self, parameters: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
         devices = {value.device for value in parameters.values()} or {torch.device("cpu")}
         if len(devices) > 1:
-            raise ValueError(f"the model's weights lie on several devices ({', '.join(map(str, devices))}); expected one")
+            raise ValueError(
+                f"the model's weights lie on several devices ({', '.join(map(str, devices))}); expected one"
+            )
         found = {value.dtype for value in parameters.values()}
         dtype = self._dtype or (next(iter(found)) if len(found) == 1 else torch.float32)
         if dtype not in DTYPES:
@@ -275,16 +278,16 @@ class LRP:
     def _double_parameters(self) -> dict[str, Tensor]:
         return {path: value.double() for path, value in parameter_table(self.model, self.plan).items()}
 
-    def _start(
-        self, output: Tensor, targets: _Targets, start: StartArgument
-    ) -> tuple[Tensor, Tensor, bool]:
+    def _start(self, output: Tensor, targets: _Targets, start: StartArgument) -> tuple[Tensor, Tensor, bool]:
         """The start relevance K×N×classes, the classes K×N it belongs to, and whether K is 1 and not to be shown."""
         start = self.composite.start if start is None else start
         count, classes = output.shape
         if not isinstance(start, str):
             return _given_start(start, output, targets)
         if start not in STARTS:
-            raise ValueError(f"unknown start {start!r}; known: {', '.join(STARTS)}, a function of the logits, or a tensor")
+            raise ValueError(
+                f"unknown start {start!r}; known: {', '.join(STARTS)}, a function of the logits, or a tensor"
+            )
         chosen = output.argmax(1, keepdim=True) if targets.classes is None else targets.classes
         bad = (chosen < 0) | (chosen >= classes)
         if bool(bad.any()):
@@ -308,7 +311,9 @@ class LRP:
         finite = inputs.flatten(1).isfinite().all(1)
         if not bool(finite.all()):
             samples = (~finite).nonzero().flatten().tolist()
-            raise ValueError(f"the inputs are not finite (NaN or infinity) in sample {', '.join(map(str, samples[:10]))}")
+            raise ValueError(
+                f"the inputs are not finite (NaN or infinity) in sample {', '.join(map(str, samples[:10]))}"
+            )
 
 
 class _Runner:
@@ -335,7 +340,9 @@ def _targets(target: Target, count: int, device: torch.device) -> _Targets:
     try:
         classes = torch.as_tensor(target, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"expected target as None, an int, or ints in a list or tensor of N or N x K, got {target!r}") from error
+        raise TypeError(
+            f"expected target as None, an int, or ints in a list or tensor of N or N x K, got {target!r}"
+        ) from error
     if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
         raise TypeError(f"expected integer targets, got {classes.dtype}")
     classes = classes.to(torch.int64)
@@ -351,7 +358,9 @@ def _targets(target: Target, count: int, device: torch.device) -> _Targets:
 def _given_start(start: StartArgument, output: Tensor, targets: _Targets) -> tuple[Tensor, Tensor, bool]:
     """A start relevance that the caller made: K×N×classes, with the predicted class as the target."""
     if targets.classes is not None:
-        raise ValueError("a start relevance given as a tensor or function names all classes itself; give no target with it")
+        raise ValueError(
+            "a start relevance given as a tensor or function names all classes itself; give no target with it"
+        )
     given = start(output) if callable(start) else start
     if not isinstance(given, Tensor):
         raise TypeError(f"expected the start as a name, a tensor N x classes or a function giving one, got {given!r}")

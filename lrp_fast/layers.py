@@ -137,9 +137,7 @@ class Convolution(Linear):
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         none = (0,) * len(self.stride)
-        return torch.convolution(
-            x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups
-        )
+        return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ def float32_precision(tf32: bool) -> Iterator[None]:
     cuDNN uses TF32 unless told otherwise, and ``torch.set_float32_matmul_precision`` may have chosen less everywhere;
     whatever was chosen before is chosen again afterwards.
     """
-    backends = torch.backends
+    backends: Any = torch.backends  # its precision settings are made at run time
     on_gpu = "tf32" if tf32 else "ieee"
     # cuDNN's two go together: PyTorch refuses to answer for cuDNN as a whole while they differ.
     wanted = [(setting, on_gpu) for setting in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)]
@@ -33,6 +34,8 @@ def float32_precision(tf32: bool) -> Iterator[None]:
         yield
     finally:
         for setting, old, _ in changes:
-            setting.fp32_precision = "none"  # what follows a wider setting reads as that one's value: let it follow again
+            setting.fp32_precision = (
+                "none"  # what follows a wider setting reads as that one's value: let it follow again
+            )
             if setting.fp32_precision != old:
                 setting.fp32_precision = old

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, SupportsFloat
 
 import torch
@@ -106,7 +107,9 @@ def _share(at: _Site, assignment: Assignment) -> Shares:
         return share_merge(layer, assignment.split.name, at.inputs, at.relevance, at.zeros)
     if isinstance(layer, (MaxPool, AdaptiveMaxPool, Average)):
         assert assignment.pool is not None
-        return share_pool(layer.resolved(at.shapes), assignment.pool, at.inputs[0], at.relevance)
+        pool = layer.resolved(at.shapes)
+        assert isinstance(pool, (MaxPool, AdaptiveMaxPool, Average))
+        return share_pool(pool, assignment.pool, at.inputs[0], at.relevance)
     resolved = layer.resolved(at.shapes)
     if isinstance(layer, (Pad, Slice)) or at.output.shape != at.inputs[0].shape:
         r = transpose(lambda x: resolved.forward((x,), {}), at.inputs[0], at.relevance)
@@ -142,7 +145,7 @@ def stabilize(z: Tensor, stabilizer: Stabilizer) -> Tensor:
 def weights(layer: Linear, parameters: Parameters, batch_norm: str) -> tuple[Tensor, Tensor]:
     """The weight and bias that rules see."""
     weight, bias = parameters[layer.weight], parameters[layer.bias] if layer.bias is not None else None
-    bias = torch.zeros_like(weight[:, *(0,) * (weight.ndim - 1)]) if bias is None else bias
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     if batch_norm == "pass" or layer.norm is None:
         return weight, bias
     norm = layer.norm
@@ -202,7 +205,7 @@ def _divide(at: _Linear, pairs: Sequence[tuple[Tensor, Tensor]], b: Tensor | Non
     bias = torch.zeros_like(R) if b is None else at.bias(b).expand_as(R)
     denominator = stabilize(contributed + bias, at.stabilizer)
     s = R / denominator
-    r = torch.stack([x * transpose(lambda u, W=W: at.product(u, W), at.x, s) for x, W in pairs]).sum(0)
+    r = torch.stack([x * transpose(partial(at.product, W=W), at.x, s) for x, W in pairs]).sum(0)
     dead = contributed == 0
     alive = ~dead
     lost = {
@@ -346,7 +349,7 @@ def _block_average(layer: MaxPool | AdaptiveMaxPool, x: Tensor, R: Tensor) -> Ma
     windows = _windows(layer, x.shape[2:], R.shape[2:])
 
     def average(u: Tensor) -> Tensor:
-        means = [u[..., *index].flatten(2).mean(2) for index in windows]
+        means = [u[:, :, *index].flatten(2).mean(2) for index in windows]
         return torch.stack(means, 2).reshape(*u.shape[:2], *R.shape[2:])
 
     return average

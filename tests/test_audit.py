@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import CifarResNet
 from test_composites import ParallelStems, SmallResNet
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from lrp_fast.audit import Audit, AuditRow
 from lrp_fast.reference import CAUSES
 from lrp_fast.rules import Epsilon, Flat, PositiveProducts, Rule, Stabilizer, ZPlus
 from lrp_fast.splits import list_splits
+from networks import CifarResNet
 
 
 class OnThePixels(nn.Module):
@@ -183,7 +183,9 @@ def test_cancelling_branches_are_dead_windows_of_a_signed_merge() -> None:
 def test_relevance_on_padding_is_lost_to_constants(padded: str) -> None:
     """The flat rule hands relevance to the zeros of a padding of its own; in a convolution's padding it does not."""
     convolution = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-    first: list[nn.Module] = [nn.ZeroPad2d(2)] if padded == "pixels" else [nn.Conv2d(3, 3, 1, bias=False), nn.ZeroPad2d(2)]
+    first: list[nn.Module] = (
+        [nn.ZeroPad2d(2)] if padded == "pixels" else [nn.Conv2d(3, 3, 1, bias=False), nn.ZeroPad2d(2)]
+    )
     model = nn.Sequential(*first, convolution, nn.Flatten(), nn.Linear(4 * 64, 2, bias=False)).double().eval()
     x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
     audit = LRP(model, one_rule(Flat(1e-12))).audit(x, target=1)
@@ -207,7 +209,9 @@ def test_the_table_names_what_loses_and_how_much() -> None:
     head, *rows, total, leak = text.splitlines()
     assert head.split("  ")[0] == "step"
     assert [name for name in CAUSES if name in head] == list(CAUSES)
-    losing = {row.name for row in audit.rows if any(float((v / audit.start).abs().max()) > 1e-9 for v in row.lost.values())}
+    losing = {
+        row.name for row in audit.rows if any(float((v / audit.start).abs().max()) > 1e-9 for v in row.lost.values())
+    }
     assert {row.split()[0] for row in rows} == losing
     assert "conv1" in losing
     assert "nan" not in text

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from lrp_fast import LRP, Composite, Splits, list_composites, register_composite
-from lrp_fast import composites
+from lrp_fast import LRP, Composite, Splits, composites, list_composites, register_composite
 from lrp_fast.composites import Assignment
 from lrp_fast.layers import Average, Convolution, MaxPool, Merge
 from lrp_fast.rules import AlphaBeta, Epsilon, Flat, Gamma, PositiveProducts, Rule, Stabilizer, ZBox, ZeroGuard, ZPlus
@@ -170,7 +169,9 @@ def test_a_rule_for_some_layers(pattern: str | type, fitting: set[str]) -> None:
 
 def test_the_last_rule_that_fits_wins() -> None:
     base = Composite.named("epsilon_plus")
-    several = base.with_rule("layer*", Gamma(0.1)).with_rule("layer1.conv1", Gamma(0.2)).with_rule("*.conv*", Gamma(0.3))
+    several = (
+        base.with_rule("layer*", Gamma(0.1)).with_rule("layer1.conv1", Gamma(0.2)).with_rule("*.conv*", Gamma(0.3))
+    )
     found = rules_of(SmallResNet(), several)
     assert found["layer1.conv1"] == found["layer2.conv2"] == Gamma(0.3)
     assert found["layer2.downsample.0"] == Gamma(0.1)

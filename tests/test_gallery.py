@@ -74,9 +74,7 @@ def test_nothing_in_a_name_becomes_markup(nasty: str) -> None:
     plain = Page(render_gallery(gallery(card(facts=[("f", "t")]), failures=[Failure("f", "r")])))
     everything = card(nasty, class_name=nasty, picture=nasty, overlay=nasty, facts=[(nasty, nasty)])
     settings = {nasty: nasty}
-    page = Page(
-        render_gallery(Gallery(nasty, settings, [everything], [Failure(nasty, nasty)], summary={nasty: nasty}))
-    )
+    page = Page(render_gallery(Gallery(nasty, settings, [everything], [Failure(nasty, nasty)], summary={nasty: nasty})))
     extra = ["div", "dt", "dd", "dl"]  # the summary's own
     tags = [tag for tag, _ in page.elements if tag not in extra]
     assert tags == [tag for tag, _ in plain.elements if tag not in extra]

@@ -294,7 +294,9 @@ def without_poles(rule: Rule, layer: Linear, x: Tensor, weight: Tensor, bias: Te
 
 
 def test_every_rule_has_an_equation_and_is_tested() -> None:
-    written_there = {name for name, value in inspect.getmembers(rules, inspect.isfunction) if value.__module__ == rules.__name__}
+    written_there = {
+        name for name, value in inspect.getmembers(rules, inspect.isfunction) if value.__module__ == rules.__name__
+    }
     assert set(FACTORIES) == {name for name in written_there if not name.startswith("_")}
     names = {rule.name for make in FACTORIES.values() for rule in make(3)}
     assert names == set(reference.EQUATIONS) == set(IN_WORDS)

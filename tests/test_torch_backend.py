@@ -13,7 +13,6 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from networks import CifarResNet, calibrated
 from test_reference import (
     FACTORIES,
     GEOMETRIES,
@@ -51,6 +50,7 @@ from lrp_fast.layers import Average, Convolution, Input, Layer, Linear, MaxPool,
 from lrp_fast.plan import Plan, Step
 from lrp_fast.rules import Rule, Stabilizer, ZeroGuard
 from lrp_fast.splits import get_split, list_splits
+from networks import CifarResNet, calibrated
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 PRECISIONS = list(BOUNDS)
@@ -130,7 +130,9 @@ def test_rule_is_the_references(name: str, factory: str, dtype: torch.dtype) -> 
         operation = LinearOperation(layer, rule, norm != "pass", parameters, nonnegative, dtype, "layer")
         value, z, output = operation.forward(x.to(dtype))
         R = (own_pole(rule, z, output, value) * factor).to(dtype)
-        r = total(operation.backward(R, operation.gates(z, output, 1.0), x.to(dtype), geometry.input_shape), x.to(dtype))
+        r = total(
+            operation.backward(R, operation.gates(z, output, 1.0), x.to(dtype), geometry.input_shape), x.to(dtype)
+        )
         case = f"{rule} {signed=} {nonnegative=} {bias=} {norm=}"
         assert relative_error(r, expected) <= BOUNDS[dtype], case
         assert relative_error(value, layer.forward((x.double(),), double(parameters))) <= BOUNDS[dtype], case
@@ -236,9 +238,7 @@ def test_transposed_convolution_is_the_transpose(name: str) -> None:
 # Pools ----------------------------------------------------------------------------------------------------------------
 
 
-def pool_operation(
-    layer: object, rule: PoolRule, x: Tensor, nonnegative: bool
-) -> ProportionalPool | WinnerPool:
+def pool_operation(layer: object, rule: PoolRule, x: Tensor, nonnegative: bool) -> ProportionalPool | WinnerPool:
     if rule.kind == "winner":
         return WinnerPool(layer)  # type: ignore[arg-type]
     y = layer.forward((x,), {})  # type: ignore[attr-defined]
@@ -402,7 +402,9 @@ class Residual(nn.Module):
         norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1]
         self.stem = nn.Sequential(convolution(3, 8, 3, padding=1), norm(8), nn.ReLU())
         self.pool = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[dimensions - 1](2)
-        self.branch = nn.Sequential(convolution(8, 24, 3, 2, 1, groups=2), norm(24), nn.ReLU(), convolution(24, 24, 1), norm(24))
+        self.branch = nn.Sequential(
+            convolution(8, 24, 3, 2, 1, groups=2), norm(24), nn.ReLU(), convolution(24, 24, 1), norm(24)
+        )
         self.projection = nn.Sequential(convolution(8, 24, 1, 2), norm(24))
         self.last = nn.Sequential(convolution(24, 24, 3, 1, 2, dilation=2), norm(24))
         self.mean = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dimensions - 1](1)
@@ -533,7 +535,10 @@ def test_a_mean_without_its_axes_gets_them_back() -> None:
         _, gates = operation.forward(x)
         R = torch.rand(4, 3, dtype=torch.float64)
         r = total(operation.backward(R, gates, x, (3, 4, 5)), x)
-        expected = torch.cat([
-            reference.share_pool(layer, PoolRule("proportional", stabilizer), x, half).inputs[0] for half in R.chunk(2)
-        ])
+        expected = torch.cat(
+            [
+                reference.share_pool(layer, PoolRule("proportional", stabilizer), x, half).inputs[0]
+                for half in R.chunk(2)
+            ]
+        )
         assert relative_error(r, expected) <= 1e-12

@@ -416,9 +416,7 @@ def random_forward(choose: random.Random) -> Forward:
 def test_random_programs(case: int) -> None:
     choose, compared, refusals = random.Random(torch.initial_seed()), 0, []
     while compared < 25:
-        model = Net(
-            random_forward(choose), start=nn.Conv2d(3, 4, 1), conv=nn.Conv2d(4, 4, 1), identity=nn.Identity()
-        )
+        model = Net(random_forward(choose), start=nn.Conv2d(3, 4, 1), conv=nn.Conv2d(4, 4, 1), identity=nn.Identity())
         model, x = randomised(model), torch.randn(2, 3, 12, 4, dtype=torch.float64)
         try:
             model(x.clone())

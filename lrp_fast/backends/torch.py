@@ -40,7 +40,7 @@ from lrp_fast.layers import (
     Slice,
     fill_sizes,
 )
-from lrp_fast.rules import WHOLE, NEGATIVE, POSITIVE, InputPart, Part, Rule, Stabilizer, WeightPart, ZeroGuard
+from lrp_fast.rules import NEGATIVE, POSITIVE, WHOLE, InputPart, Part, Rule, Stabilizer, WeightPart, ZeroGuard
 from lrp_fast.splits import Split
 
 Message = tuple[Tensor | None, Tensor | None]
@@ -133,7 +133,14 @@ class LinearOperation:
     """
 
     def __init__(
-        self, layer: Linear, rule: Rule, fold: bool, parameters: Parameters, nonnegative: bool, dtype: torch.dtype, name: str
+        self,
+        layer: Linear,
+        rule: Rule,
+        fold: bool,
+        parameters: Parameters,
+        nonnegative: bool,
+        dtype: torch.dtype,
+        name: str,
     ) -> None:
         self.layer, self.rule, self.dtype = layer, rule, dtype
         self.guard = rule.stabilizer if isinstance(rule.stabilizer, ZeroGuard) else None
@@ -213,7 +220,7 @@ class LinearOperation:
         biases = [self._bias(term) for term in terms]
         bias = None
         if any(b is not None for b in biases):
-            rows = [torch.zeros_like(w[:, *(0,) * (w.ndim - 1)]) if b is None else b for b, w in zip(biases, weights, strict=True)]
+            rows = [w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
             bias = torch.cat(rows).to(self.dtype)
         return channels_last(torch.cat(weights).to(self.dtype)), bias
 
@@ -302,14 +309,17 @@ class LinearOperation:
         if self.sums_channels and self.transposes["one"][1]:
             self.summed = channels_last(torch.cat([w.sum(1, keepdim=True) for w in self.transposes["one"][1]]))
 
-    def backward(self, relevance: Tensor, gates: Gates, x: Tensor | None, shape: Shape, heatmap: bool = False) -> Message:
+    def backward(
+        self, relevance: Tensor, gates: Gates, x: Tensor | None, shape: Shape, heatmap: bool = False
+    ) -> Message:
         """The message to the input, of ``shape`` (without batch); x is needed unless the operation is ``factored``.
 
         With ``heatmap`` (where ``sums_channels``) the message has one channel, their sum.
         """
         relevance = relevance.to(self.dtype)
         s = [times(relevance, gate) for gate in gates.groups]
-        acc, dense = None, None
+        acc: Tensor | None = None
+        dense: Tensor | None = None
         for part, (groups, weights) in self.transposes.items():
             chosen = [s[index] for index in groups]
             share = self._transpose(chosen, weights, shape, heatmap)
@@ -323,7 +333,7 @@ class LinearOperation:
             dense = spread if dense is None else dense + spread
         if acc is not None and not self.factored:
             assert x is not None
-            acc, dense = None, times(acc, x) if dense is None else times_plus(acc, x, dense)
+            return None, times(acc, x) if dense is None else times_plus(acc, x, dense)
         return acc, dense
 
     def _factor(self, part: InputPart, x: Tensor | None, like: Tensor) -> Tensor:

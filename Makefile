@@ -1,0 +1,36 @@
+# Needs Python 3.11 or newer and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all test-slow lint types bench clean
+
+demo: .venv/installed
+	$(BIN)/lrp-fast demo --output demo-output
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+# What takes longer or measures time, one at a time.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-all: test test-slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python bench/speed.py
+
+.venv/installed: pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"lrp_fast needs Python 3.11 or newer, got {sys.version}"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info demo-output
