@@ -39,7 +39,7 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every step's account, from the output to the input; ``start`` and ``arrived`` at the input, per image (float64)."""
+    """Every step's account, output first; ``start`` at the output and ``arrived`` at the input, per image (float64)."""
 
     rows: tuple[AuditRow, ...]
     start: Tensor

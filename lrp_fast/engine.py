@@ -167,8 +167,8 @@ class Program:
         acc: list[Tensor | None] = [None] * len(self.units)
         dense: list[Tensor | None] = [None] * len(self.units)
         dense[self.position[self.plan.output]] = start
-        observed: dict[int, Tensor] = {}
-        places = {place: step for step, place in self.observed.items()}
+        places = set(self.observed.values())
+        arrived: dict[int, Tensor] = {}
         for place in range(len(self.units) - 1, 0, -1):
             saved, value = tape[place]
             tape[place] = (None, None)
@@ -178,18 +178,18 @@ class Program:
             relevance = self._arriving(unit, acc[place], dense[place], value)
             acc[place] = dense[place] = None
             if place in places:
-                observed[places[place]] = relevance
+                arrived[place] = relevance
             for source, (a, d) in zip(unit.inputs, self._messages(unit, relevance, saved, tape), strict=True):
                 acc[source] = _plus(acc[source], a)
                 dense[source] = _plus(dense[source], d)
         result = _total(acc[0], dense[0], tape[0][1])
         if result is None:
             result = start.new_zeros(start.shape[0], *self.shapes[0][1:])
-        for step, place in self.observed.items():
-            observed[step] = result if place == 0 else observed.get(
-                step, start.new_zeros(start.shape[0], *self.shapes[step][1:])
-            )  # fmt: skip
-        return result, observed
+        arrived[0] = result
+        for step, place in self.observed.items():  # a layer and the ReLU behind it share one place
+            if place not in arrived:
+                arrived[place] = start.new_zeros(start.shape[0], *self.shapes[step][1:])
+        return result, {step: arrived[place] for step, place in self.observed.items()}
 
     def _arriving(self, unit: Unit, acc: Tensor | None, dense: Tensor | None, value: Tensor | None) -> Tensor:
         if unit.numerator == "value":

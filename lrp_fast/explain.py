@@ -176,11 +176,13 @@ class LRP:
             parameters = self._refresh_if_changed()
             self._check_inputs(inputs, parameters)
             targets = _targets(target, inputs.shape[0], self.device)
-            if not targets.single:
-                raise ValueError("an audit takes one target for each image, got N x K")
-            values = reference.forward(self.plan, self._double_parameters(), inputs.double())
-            begin, _, _ = self._start(values[self.plan.output], targets, start)
-            result = self._reference_backward(values, begin[0])
+            self.plan.shapes(tuple(inputs.shape), parameters)
+            double = _double(parameters)
+            values = reference.forward(self.plan, double, inputs.double())
+            begin, _, single = self._start(values[self.plan.output], targets, start)
+            if not single:
+                raise ValueError(f"an audit takes one target or start for each image, got {begin.shape[0]}")
+            result = self._reference_backward(double, values, begin[0])
             return audit_rows(self.plan, self._assignments, result, begin[0])
 
     def describe(self) -> str:
@@ -262,21 +264,21 @@ class LRP:
     def _explain_reference(
         self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
     ) -> Attribution:
-        self.plan.shapes(tuple(inputs.shape), parameter_table(self.model, self.plan))
-        values = reference.forward(self.plan, self._double_parameters(), inputs.double())
+        parameters = parameter_table(self.model, self.plan)
+        self.plan.shapes(tuple(inputs.shape), parameters)
+        double = _double(parameters)
+        values = reference.forward(self.plan, double, inputs.double())
         output = values[self.plan.output]
         begin, classes, single = self._start(output, targets, start)
-        results = [self._reference_backward(values, one).relevance for one in begin]
+        results = [self._reference_backward(double, values, one).relevance for one in begin]
         found = {name: torch.stack([at[index] for at in results]) for name, index in observed.items()}
         return _assemble(torch.stack([at[0] for at in results]), found, output, classes, begin, single, relevance)
 
-    def _reference_backward(self, values: Sequence[Tensor], start: Tensor) -> reference.ReferenceResult:
-        return reference.backward(
-            self.plan, self._double_parameters(), self._assignments, self.composite.batch_norm, values, start
-        )
-
-    def _double_parameters(self) -> dict[str, Tensor]:
-        return {path: value.double() for path, value in parameter_table(self.model, self.plan).items()}
+    def _reference_backward(
+        self, double: Mapping[str, Tensor], values: Sequence[Tensor], start: Tensor
+    ) -> reference.ReferenceResult:
+        fold = self.composite.batch_norm
+        return reference.backward(self.plan, double, self._assignments, fold, values, start)
 
     def _start(self, output: Tensor, targets: _Targets, start: StartArgument) -> tuple[Tensor, Tensor, bool]:
         """The start relevance K×N×classes, the classes K×N it belongs to, and whether K is 1 and not to be shown."""
@@ -399,6 +401,10 @@ def _assemble(
         leak=leak.to(heatmap.dtype),
         layers={name: placed(found) for name, found in layers.items()},
     )
+
+
+def _double(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path: value.double() for path, value in parameters.items()}
 
 
 def _version(parameter: Tensor) -> int:

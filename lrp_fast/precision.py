@@ -34,8 +34,7 @@ def float32_precision(tf32: bool) -> Iterator[None]:
         yield
     finally:
         for setting, old, _ in changes:
-            setting.fp32_precision = (
-                "none"  # what follows a wider setting reads as that one's value: let it follow again
-            )
+            # What follows a wider setting reads as that one's value: let it follow again.
+            setting.fp32_precision = "none"
             if setting.fp32_precision != old:
                 setting.fp32_precision = old

@@ -1,9 +1,9 @@
 """The reference: LRP in float64, written from the definitions, to check the fast backends against.
 
 It shares the :class:`~lrp_fast.plan.Plan` and what each step was assigned with the fast backends, and nothing else: no
-table of terms, no gates, no stacked weights, no hand-written transposes (a transposed map is the vector-Jacobian product
-of the map itself). Each rule is evaluated from what it says of the contributions ``c_ij = x_i w_ij`` of input i to output
-j; ``tests/test_reference.py`` compares these equations with matrices of all contributions.
+table of terms, no gates, no stacked weights, no hand-written transposes (a transposed map is the vector-Jacobian
+product of the map itself). Each rule is evaluated from what it says of the contributions ``c_ij = x_i w_ij`` of input i
+to output j; ``tests/test_reference.py`` compares these equations with loops over all contributions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class ReferenceResult:
-    """``values`` and ``relevance`` at every step's output (float64, N×…), and what every step but the input shared out."""
+    """``values`` and ``relevance`` at every step's output (float64, N×…), and ``shares``: what each step passed on."""
 
     values: tuple[Tensor, ...]
     relevance: tuple[Tensor, ...]
@@ -399,7 +399,7 @@ SPLIT_EQUATIONS: Mapping[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]
 def share_merge(
     layer: Merge, split: str, branches: Sequence[Tensor], R: Tensor, zeros: Sequence[Tensor | None] = (None, None)
 ) -> Shares:
-    """The relevance of both branches of a merge; ``zeros`` marks the elements of each that are constant by structure."""
+    """The relevance of both branches of a merge; ``zeros`` marks the elements of each constant by structure."""
     equation = SPLIT_EQUATIONS.get(split)
     if equation is None:
         raise ValueError(f"the reference has no equation for the split {split!r}; it has: {', '.join(SPLIT_EQUATIONS)}")

@@ -1,8 +1,8 @@
 """Rules: how a linear layer shares relevance out, written down as tables of terms.
 
 Notation (DESIGN §3): ``x`` is the layer's input, ``W``, ``b`` its weight and bias, ``A(x, W)`` the linear map and
-``Aᵀ(s, W)`` its transpose, ``R`` the relevance of the output and ``r`` that of the input. Products are element-wise, and
-``x⁺ x⁻ W⁺ W⁻ b⁺ b⁻`` are positive and negative parts. A rule is a list of groups::
+``Aᵀ(s, W)`` its transpose, ``R`` the relevance of the output and ``r`` that of the input. Products are element-wise,
+and ``x⁺ x⁻ W⁺ W⁻ b⁺ b⁻`` are positive and negative parts. A rule is a list of groups::
 
     z_g = Σ_p c_p · A(x_p, W_p) + bias_g
     r   = Σ_g coefficient_g · Σ_p c_p · x_p · Aᵀ(mask_g · R / stab(z_g), W_p)
@@ -151,8 +151,8 @@ def ZBox(  # noqa: N802
 ) -> Rule:
     """For pixels in [low, high]: ``z = A(x, W) − A(low, W⁺) − A(high, W⁻)`` (Montavon et al. 2017).
 
-    ``low`` and ``high`` are numbers, or one number per input channel, in the model's (normalised) units; they default to
-    black and white under ImageNet's normalisation. Raises ``ValueError`` where low is not below high.
+    ``low`` and ``high`` are numbers, or one number per input channel, in the model's (normalised) units; they default
+    to black and white under ImageNet's normalisation. Raises ``ValueError`` where low is not below high.
     """
     lows = _bound(low, [(0 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
     highs = _bound(high, [(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])

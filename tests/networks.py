@@ -8,22 +8,22 @@ from torch import Tensor, nn
 
 
 def calibrated(model: nn.Module, seed: int, shape: tuple[int, ...] = (8, 3, 64, 64)) -> nn.Module:
-    """Random batch norms of both signs, running statistics measured on noise, and logits of a few units."""
+    """Random batch norms of both signs, running statistics measured on noise, and logits of about half a unit."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 0.7 - 0.1)
                 module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.1 + 0.05)
-            if isinstance(module, nn.Conv2d) and module.bias is not None:
-                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.05)
                 module.momentum = 0.5
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.02)
         model.train()
         for _ in range(5):
             model(torch.randn(shape, generator=generator))
         model.eval()
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        head.weight.mul_(2.0 / model(torch.randn(shape, generator=generator)).std())
+        head.weight.mul_(0.5 / model(torch.randn(shape, generator=generator)).std())
     return model
 
 

@@ -120,10 +120,11 @@ def one_rule(rule: Rule) -> Composite:
 
 def test_a_bias_takes_its_part() -> None:
     """``R b / stab(z)``, at the layer that has the bias."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)).double().eval()
+    head = nn.Linear(6, 3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6, bias=False), nn.ReLU(), head).double().eval()
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
     audit = LRP(model, one_rule(Epsilon(1e-12))).audit(x, target=1)
-    assert close(audit.lost()["bias"], (model[3].bias[1] / model(x)[:, 1]).detach(), bound=1e-9)
+    assert close(audit.lost()["bias"], (head.bias[1] / model(x)[:, 1]).detach(), bound=1e-9)
     assert set(lost_at(audit)) == {("3", "bias")}
 
 
@@ -141,13 +142,14 @@ def test_a_stabilizer_takes_its_part() -> None:
 
 
 def test_outputs_that_nothing_adds_to_are_dead_windows() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double().eval()
+    first, head = nn.Linear(4, 3), nn.Linear(3, 2)
+    model = nn.Sequential(first, head).double().eval()
     with torch.no_grad():
-        model[0].weight.abs_()
-        model[0].weight[1].neg_()  # positive inputs never raise it: its relevance has nowhere to go
-        model[0].bias.fill_(0.25)
-        model[1].weight.abs_()
-        model[1].bias.zero_()
+        first.weight.abs_()
+        first.weight[1].neg_()  # positive inputs never raise it: its relevance has nowhere to go
+        first.bias.fill_(0.25)
+        head.weight.abs_()
+        head.bias.zero_()
     x = torch.rand(2, 4, dtype=torch.float64)
     composite = one_rule(ZPlus(1e-12)).with_rule("1", Flat(1e-12))
     audit = LRP(model, composite).audit(x, target=0)
@@ -231,8 +233,10 @@ def test_a_start_of_nothing_leaks_nothing() -> None:
 
 def test_several_targets_are_refused() -> None:
     explainer, x = LRP(SmallResNet()), torch.randn(2, 3, 8, 8)
-    with pytest.raises(ValueError, match="one target for each image"):
+    with pytest.raises(ValueError, match="one target or start for each image"):
         explainer.audit(x, target=[[0, 1], [1, 2]])
+    with pytest.raises(ValueError, match="one target or start for each image"):
+        explainer.audit(x, start=torch.rand(2, 3, explainer.explain(x).output.shape[1]))
     with pytest.raises(ValueError, match="out of range"):
         explainer.audit(x, target=9)
 

@@ -55,7 +55,7 @@ def rules_of(model: nn.Module, composite: Composite) -> dict[str, Rule]:
 
 
 def test_an_unknown_composite_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown composite 'epsilon_pluss'; known: .*") as error:
+    with pytest.raises(ValueError, match="unknown composite 'epsilon_pluss'; known: ") as error:
         Composite.named("epsilon_pluss")
     assert all(name in str(error.value) for name in list_composites())
     with pytest.raises(TypeError, match="a composite is a name or a Composite"):
@@ -212,10 +212,11 @@ def test_an_override_changes_the_map_as_the_reference_says() -> None:
     model, x = SmallResNet(), torch.randn(2, 3, 9, 11)
     composite = Composite.named("epsilon_plus").with_rule("layer1.*", Gamma(0.25)).with_split("ratio")
     target = torch.tensor([0, 1])
+    without = composite.with_rule("layer1.*", ZPlus())
     plain, fast, exact = (
         LRP(model, chosen, backend=backend, dtype=torch.float64).explain(x, target).relevance
-        for chosen, backend in ((composite.with_rule("layer1.*", ZPlus()), "torch"), (composite, "torch"), (composite, "reference"))
-    )  # fmt: skip
+        for chosen, backend in ((without, "torch"), (composite, "torch"), (composite, "reference"))
+    )
     assert plain is not None
     assert fast is not None
     assert exact is not None
@@ -285,7 +286,7 @@ def test_pixel_bounds_for_other_channels_name_the_layer() -> None:
 def test_a_merge_of_equals_needs_a_symmetric_split(split: str) -> None:
     composite = Composite.named("conserving").with_split(split)
     if split == "residual-only":
-        with pytest.raises(ValueError, match="both branches hold equally many linear layers.*'ratio' or 'symmetric'"):
+        with pytest.raises(ValueError, match=r"both branches hold equally many linear layers.*'ratio' or 'symmetric'"):
             LRP(ParallelStems().eval(), composite)
     else:
         found = [got.split.name for got in assigned(ParallelStems(), composite).values() if got.split is not None]

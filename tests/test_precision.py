@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lrp_fast import LRP
 from lrp_fast.precision import float32_precision
 
-backends = torch.backends
+backends: Any = torch.backends
 SETTINGS = {
     "cudnn.conv": backends.cudnn.conv,
     "cudnn.rnn": backends.cudnn.rnn,

@@ -1,7 +1,7 @@
 """The reference's equations against plain loops over all contributions of tiny layers.
 
-A layer's matrix ``w_ij`` (output j, input i) is read off its map of unit vectors; everything after that is Python numbers,
-written from what each rule says in words, so that neither convolutions nor term tables can hide an error.
+A layer's matrix ``w_ij`` (output j, input i) is read off its map of unit vectors; everything after that is Python
+numbers, written from what each rule says in words, so that neither convolutions nor term tables can hide an error.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ class Geometry:
         named = "bias" if bias else None
         if not self.kernel:
             return Dense("weight", named, norm)
-        numbers = [
+        stride, padding, dilation = (
             value if isinstance(value, tuple) else (value,) * len(self.kernel)
             for value in (self.stride, self.padding, self.dilation)
-        ]
-        return Convolution("weight", named, norm, *numbers, self.groups)
+        )
+        return Convolution("weight", named, norm, stride, padding, dilation, self.groups)
 
 
 GEOMETRIES = {
@@ -361,7 +361,7 @@ def test_an_unknown_rule_is_an_error_that_lists_the_known() -> None:
     layer = Dense("weight", None, None)
     rule = Rule("nonsense", (), (), Stabilizer(1e-6))
     one = torch.ones(1, 1, dtype=torch.float64)
-    with pytest.raises(ValueError, match="nonsense.*epsilon.*positive-products"):
+    with pytest.raises(ValueError, match=r"nonsense.*epsilon.*positive-products"):
         reference.share_linear(layer, rule, one, one, one, one[0])
 
 
@@ -399,7 +399,8 @@ def test_weights_are_those_of_convolution_and_batch_norm(name: str, bias: bool, 
 
 # Pools ----------------------------------------------------------------------------------------------------------------
 
-POOLS: dict[str, tuple[MaxPool | AdaptiveMaxPool | Average, tuple[int, ...]]] = {
+Pool = MaxPool | AdaptiveMaxPool | Average
+POOLS: dict[str, tuple[Pool, tuple[int, ...]]] = {
     "max 1d": (MaxPool((3,), (2,), (1,), (1,), False), (9,)),
     "max 2d even": (MaxPool((2, 2), (2, 2), (0, 0), (1, 1), False), (6, 4)),
     "max 2d odd": (MaxPool((2, 2), (2, 2), (0, 0), (1, 1), False), (7, 5)),
@@ -429,6 +430,7 @@ POOLS: dict[str, tuple[MaxPool | AdaptiveMaxPool | Average, tuple[int, ...]]] = 
 }
 
 Member = tuple[tuple[int, ...], float]
+Share = Callable[[Vector, Vector, float, float], Vector]
 
 
 def axis_windows(layer: object, axis: int, n: int, m: int) -> list[list[tuple[int, float]]]:
@@ -479,7 +481,7 @@ def block_windows(layer: object, size: tuple[int, ...], outputs: tuple[int, ...]
     return found
 
 
-def outputs_of(layer: object, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def outputs_of(layer: Pool, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """A pool's output, and its lengths with the axes that a mean drops kept as 1."""
     y = layer.forward((x,), {})
     if isinstance(layer, Mean) and not layer.keepdim:
@@ -495,9 +497,7 @@ def means(windows: list[list[Member]], x: Tensor) -> Tensor:
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def share_by_loops(
-    windows: list[list[Member]], x: Tensor, R: Tensor, share: Callable[[Vector, Vector, float, float], Vector]
-) -> Tensor:
+def share_by_loops(windows: list[list[Member]], x: Tensor, R: Tensor, share: Share) -> Tensor:
     """Hand each output's relevance to its window as ``share(values, weights, relevance, largest z)`` says."""
     r = torch.zeros_like(x)
     flat = R.reshape(*R.shape[:2], -1)
@@ -516,7 +516,7 @@ def to_winner(values: Vector, weights: Vector, R: float, largest: float) -> Vect
     return [R if i == winner else 0.0 for i in range(len(values))]
 
 
-def pool_in_proportion(stabilizer: Stabilizer) -> Callable[[Vector, Vector, float, float], Vector]:
+def pool_in_proportion(stabilizer: Stabilizer) -> Share:
     def share(values: Vector, weights: Vector, R: float, largest: float) -> Vector:
         values = values if stabilizer.signed else [max(value, 0.0) for value in values]
         return in_proportion([v * w for v, w in zip(values, weights, strict=True)], 0.0, R, stabilizer)
@@ -524,7 +524,7 @@ def pool_in_proportion(stabilizer: Stabilizer) -> Callable[[Vector, Vector, floa
     return share
 
 
-def pool_guarded(guard: ZeroGuard) -> Callable[[Vector, Vector, float, float], Vector]:
+def pool_guarded(guard: ZeroGuard) -> Share:
     def share(values: Vector, weights: Vector, R: float, largest: float) -> Vector:
         c = [max(v, 0.0) * w for v, w in zip(values, weights, strict=True)]
         if math.fsum(c) <= guard.threshold * largest:
@@ -560,6 +560,7 @@ def test_pool_is_its_definition(name: str) -> None:
         y, outputs = outputs_of(layer, x)
         windows = (block_windows if over_blocks else pool_windows)(layer, size, outputs)
         R = torch.randn_like(y)
+        share: Share
         if rule.kind == "winner":
             share = to_winner
         elif isinstance(rule.stabilizer, ZeroGuard):
@@ -644,7 +645,7 @@ def test_every_split_has_an_equation() -> None:
 
 def test_an_unknown_split_is_an_error_that_lists_the_known() -> None:
     one = torch.ones(1, 1, dtype=torch.float64)
-    with pytest.raises(ValueError, match="nonsense.*ratio.*signed"):
+    with pytest.raises(ValueError, match=r"nonsense.*ratio.*signed"):
         reference.share_merge(Merge(1, "identity", False), "nonsense", [one, one], one)
 
 

@@ -14,5 +14,5 @@ import speed
 
 @pytest.mark.slow
 def test_faster_than_zennit() -> None:
-    found = speed.measure(batch=8, side=224, repeats=5)["ms_per_image"]
-    assert found["zennit EpsilonPlusFlat"] >= 3.5 * found["otsuki2024"]
+    found = speed.measure(batch=8, side=224, repeats=5, compile_too=True)["ms_per_image"]
+    assert found["zennit EpsilonPlusFlat"] >= 3.5 * found["otsuki2024 compiled"]

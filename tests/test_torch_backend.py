@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from test_reference import (
     GEOMETRIES,
     POOLS,
     Geometry,
+    Pool,
     merge_branches,
     norm_with,
     outputs_of,
@@ -59,12 +60,13 @@ PRECISIONS = list(BOUNDS)
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Whatever is allocated without a value holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    memory.fill_uninitialized_memory = before[1]
 
 
 def total(message: Message, x: Tensor) -> Tensor:
@@ -252,14 +254,14 @@ def pool_backward(operation: ProportionalPool | WinnerPool, R: Tensor, saved: Ga
     return operation.backward(R, saved, x, shape)  # type: ignore[arg-type]
 
 
-def pool_pole(layer: object, rule: PoolRule, x: Tensor) -> Tensor:
+def pool_pole(layer: Pool, rule: PoolRule, x: Tensor) -> Tensor:
     """What the pool rule's denominator vanishes with, in the precision of x; ones for a rule without poles."""
     y, _ = outputs_of(layer, x)
     if not isinstance(rule.stabilizer, Stabilizer) or not rule.stabilizer.signed:
         return torch.ones_like(y)
     if isinstance(layer, Average):
         return y
-    return BlockMap(layer, tuple(x.shape[1:]), tuple(y.shape[2:]), x[:0]).forward(x)  # type: ignore[arg-type]
+    return BlockMap(layer, tuple(x.shape[1:]), tuple(y.shape[2:]), x[:0]).forward(x)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -294,7 +296,7 @@ def test_the_tables_hold_every_kind_of_pool_and_pool_layer() -> None:
 
 def concrete(family: type) -> set[type]:
     """All classes of a family that can be made."""
-    below = set(family.__subclasses__())
+    below: set[Any] = set(family.__subclasses__())
     return {kind for kind in below if not kind.__abstractmethods__} | set().union(*map(concrete, below), set())
 
 
@@ -443,7 +445,7 @@ EVERYWHERE = [rule for name, make in FACTORIES.items() for rule in make(1) if na
 
 @pytest.mark.parametrize("batch_norm", ["fold", "pass"])
 @pytest.mark.parametrize("rule", EVERYWHERE, ids=str)
-def test_network_with_one_rule_everywhere(rule: Rule, batch_norm: str) -> None:
+def test_network_with_one_rule_everywhere(rule: Rule, batch_norm: Literal["fold", "pass"]) -> None:
     base = Composite.named("conserving" if isinstance(rule.stabilizer, ZeroGuard) else "epsilon_plus")
     composite = replace(base, convolution=rule, dense=rule, stem=rule, batch_norm=batch_norm)
     for dimensions in (1, 2, 3):
