@@ -270,7 +270,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         # What torch's readers raise on bytes that are neither its archive nor its older pickle.
-        raise ModelError(f"{path} is not a readable PyTorch weights file: {_reason(error)}") from error
+        raise ModelError(
+            f"{path} is not a readable PyTorch weights file ({type(error).__name__}: {_reason(error)})"
+        ) from error
     about: Mapping[str, Any] = {}
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)

