@@ -8,7 +8,7 @@ from a merge, with the split's weight in the numerator; or whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,17 +52,10 @@ class Unit:
     keep: bool
 
 
-@dataclass(frozen=True)
-class BoundLinears:
-    """The linear layers of a plan with their packed weights: what does not depend on the input's shape."""
-
-    operations: dict[int, LinearOperation]
-
-
 def bind_linears(
     plan: Plan, assignments: Sequence[Assignment], fold: bool, parameters: Parameters, dtype: torch.dtype
-) -> BoundLinears:
-    """Pack the weights of every linear step for its rule."""
+) -> dict[int, LinearOperation]:
+    """Pack the weights of every linear step for its rule, by step: what does not depend on the input's shape."""
     operations = {}
     for index, (step, assignment) in enumerate(zip(plan.steps, assignments, strict=True)):
         if isinstance(step.layer, Linear):
@@ -73,7 +66,7 @@ def bind_linears(
             operations[index] = LinearOperation(
                 step.layer, assignment.rule, fold, parameters, nonnegative, precise, step.name
             )
-    return BoundLinears(operations)
+    return operations
 
 
 Tape = list[tuple[object, Tensor | None]]
@@ -86,7 +79,7 @@ class Program:
     """
 
     def __init__(
-        self, plan: Plan, assignments: Sequence[Assignment], linears: BoundLinears, shapes: tuple[Shape, ...],
+        self, plan: Plan, assignments: Sequence[Assignment], linears: Mapping[int, LinearOperation], shapes: tuple[Shape, ...],
         like: Tensor, observed: frozenset[int] = frozenset(), heatmap: bool = False,
     ) -> None:  # fmt: skip
         self.plan, self.shapes, self.dtype = plan, shapes, like.dtype
@@ -230,12 +223,17 @@ def _total(acc: Tensor | None, dense: Tensor | None, value: Tensor | None) -> Te
 
 
 def _bind(
-    plan: Plan, index: int, assignment: Assignment, linears: BoundLinears, shapes: tuple[Shape, ...], like: Tensor
+    plan: Plan,
+    index: int,
+    assignment: Assignment,
+    linears: Mapping[int, LinearOperation],
+    shapes: tuple[Shape, ...],
+    like: Tensor,
 ) -> Operation:
     step = plan.steps[index]
     layer = step.layer.resolved(shapes)
     if isinstance(layer, Linear):
-        return linears.operations[index]
+        return linears[index]
     if isinstance(layer, Merge):
         assert assignment.split is not None
         zeros = [plan.structural_zeros(source, shapes) for source in step.inputs]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lrp_fast import reference
 from lrp_fast.audit import Audit, audit_rows
+from lrp_fast.backends.torch import LinearOperation
 from lrp_fast.composites import STARTS, Assignment, Composite
-from lrp_fast.engine import BoundLinears, Program, bind_linears
+from lrp_fast.engine import Program, bind_linears
 from lrp_fast.precision import float32_precision
 from lrp_fast.splits import Split, Splits, as_splits
 from lrp_fast.trace import check_eval, parameter_table, trace
@@ -105,7 +106,7 @@ class LRP:
         self.tf32 = tf32
         self._assignments: tuple[Assignment, ...] = self.composite.assign(self.plan)
         self._dtype = dtype
-        self._linears: BoundLinears | None = None
+        self._linears: dict[int, LinearOperation] | None = None
         self._signature: object = None
         self._programs: dict[object, _Runner] = {}
         self.device, self.dtype = self._place(parameter_table(model, self.plan))
