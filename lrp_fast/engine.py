@@ -30,6 +30,7 @@ from lrp_fast.backends.torch import (
 from lrp_fast.composites import Assignment
 from lrp_fast.layers import AdaptiveMaxPool, Average, Dense, Input, Linear, MaxPool, Merge, Parameters, ReLU, Shape
 from lrp_fast.plan import Plan
+from lrp_fast.rules import ZeroGuard
 
 Operation = LinearOperation | ProportionalPool | WinnerPool | MergeOperation | None
 Numerator = Literal["value", "weight", "one"]
@@ -232,14 +233,18 @@ def _bind(
 ) -> Operation:
     step = plan.steps[index]
     layer = step.layer.resolved(shapes)
+
+    def zeros(source: int) -> Tensor | None:
+        found = plan.structural_zeros(source, shapes)
+        return None if found is None else found.to(like.device)
+
     if isinstance(layer, Linear):
-        return linears[index]
+        operation = linears[index]
+        padding = None if operation.guard is None else zeros(step.inputs[0])
+        return operation if padding is None else operation.without(padding)
     if isinstance(layer, Merge):
         assert assignment.split is not None
-        zeros = [plan.structural_zeros(source, shapes) for source in step.inputs]
-        return MergeOperation(
-            layer, assignment.split, [z if z is None else z.to(like.device) for z in zeros], like.dtype
-        )
+        return MergeOperation(layer, assignment.split, [zeros(source) for source in step.inputs], like.dtype)
     if isinstance(layer, (MaxPool, AdaptiveMaxPool, Average)):
         assert assignment.pool is not None
         if assignment.pool.kind == "winner":
@@ -247,7 +252,8 @@ def _bind(
             return WinnerPool(layer)
         nonnegative = plan.steps[step.inputs[0]].nonnegative
         shape, outputs = shapes[step.inputs[0]][1:], shapes[index][1:]
-        return ProportionalPool(layer, assignment.pool, shape, outputs, nonnegative, like)
+        padding = zeros(step.inputs[0]) if isinstance(assignment.pool.stabilizer, ZeroGuard) else None
+        return ProportionalPool(layer, assignment.pool, shape, outputs, nonnegative, like, padding)
     return None
 
 

@@ -119,16 +119,20 @@ class Plan:
 
         The zero padding of an option-A shortcut is such a place: a merge sends no relevance there.
         """
-        chain: list[Step] = []
+        chain: list[int] = []
         while isinstance(self.steps[step].layer, (Pad, Slice, Reshape, ReLU, MaxPool, AdaptiveMaxPool, Average)):
-            chain.append(self.steps[step])
+            chain.append(step)
             step = self.steps[step].inputs[0]
-        if not any(isinstance(link.layer, Pad) for link in chain):
+        if not any(isinstance(self.steps[link].layer, Pad) for link in chain):
             return None
         live = torch.ones(1, *shapes[step][1:])
         single = [(1, *shape[1:]) for shape in shapes]
         for link in reversed(chain):
-            live = link.layer.resolved(single).forward((live,), {})
+            layer = self.steps[link].layer
+            if isinstance(layer, Reshape):  # a view may have the batch size written into it
+                live = live.reshape(single[link])
+            else:
+                live = layer.resolved(single).forward((live,), {})
         zeros = live == 0
         return zeros if bool(zeros.any()) else None
 

@@ -26,7 +26,7 @@ Map = Callable[[Tensor], Tensor]
 
 CAUSES = ("bias", "stabilizer", "dead windows", "constants")
 """Where relevance is lost: to a bias and a stabilizer in a denominator, at outputs that no input contributed to, and at
-elements that are constant by structure or cut away."""
+elements that are constant by structure (padding, and what a zero-guarded layer made of padding alone) or cut away."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ def backward(
     for index in range(len(values) - 1, 0, -1):
         step = plan.steps[index]
         sources = [values[i] for i in step.inputs]
-        zeros = [plan.structural_zeros(i, shapes) for i in step.inputs] if isinstance(step.layer, Merge) else []
+        zeros = [plan.structural_zeros(i, shapes) for i in step.inputs]
         at = _Site(step, sources, values[index], relevance[index], parameters, batch_norm, shapes, zeros)
         shared = _share(at, assignments[index])
         shares[index] = shared
@@ -99,9 +99,8 @@ def _share(at: _Site, assignment: Assignment) -> Shares:
     layer = at.step.layer
     if isinstance(layer, Linear):
         assert assignment.rule is not None
-        return share_linear(
-            layer, assignment.rule, at.inputs[0], at.relevance, *weights(layer, at.parameters, at.batch_norm)
-        )
+        W, b = weights(layer, at.parameters, at.batch_norm)
+        return share_linear(layer, assignment.rule, at.inputs[0], at.relevance, W, b, at.zeros[0])
     if isinstance(layer, Merge):
         assert assignment.split is not None
         return share_merge(layer, assignment.split.name, at.inputs, at.relevance, at.zeros)
@@ -109,7 +108,7 @@ def _share(at: _Site, assignment: Assignment) -> Shares:
         assert assignment.pool is not None
         pool = layer.resolved(at.shapes)
         assert isinstance(pool, (MaxPool, AdaptiveMaxPool, Average))
-        return share_pool(pool, assignment.pool, at.inputs[0], at.relevance)
+        return share_pool(pool, assignment.pool, at.inputs[0], at.relevance, at.zeros[0])
     resolved = layer.resolved(at.shapes)
     if isinstance(layer, (Pad, Slice)) or at.output.shape != at.inputs[0].shape:
         r = transpose(lambda x: resolved.forward((x,), {}), at.inputs[0], at.relevance)
@@ -165,6 +164,7 @@ class _Linear:
     R: Tensor
     W: Tensor
     b: Tensor
+    zeros: Tensor | None
 
     def product(self, x: Tensor, W: Tensor) -> Tensor:
         return self.layer.apply(x, W)
@@ -183,12 +183,17 @@ class _Linear:
         return value if isinstance(value, Stabilizer) else Stabilizer(float(value))  # type: ignore[arg-type]
 
 
-def share_linear(layer: Linear, rule: Rule, x: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Shares:
-    """The relevance of a linear layer's input x from that of its output R, all float64; b has one entry per output."""
+def share_linear(
+    layer: Linear, rule: Rule, x: Tensor, R: Tensor, W: Tensor, b: Tensor, zeros: Tensor | None = None
+) -> Shares:
+    """The relevance of a linear layer's input x from that of its output R, all float64; b has one entry per output.
+
+    ``zeros`` (bool, 1 × …) marks the elements of x that are zero by structure: to a zero-guard no valid inputs.
+    """
     equation = EQUATIONS.get(rule.name)
     if equation is None:
         raise ValueError(f"the reference has no equation for the rule {rule.name!r}; it has: {', '.join(EQUATIONS)}")
-    return equation(_Linear(layer, rule, x, R, W, b))
+    return equation(_Linear(layer, rule, x, R, W, b, zeros))
 
 
 def _pos(v: Tensor) -> Tensor:
@@ -276,30 +281,39 @@ def _flat(at: _Linear) -> Shares:
 
 
 def _positive_products(at: _Linear) -> Shares:
-    x = _pos(at.x) if at.rule.parameter("pixels") else torch.ones_like(at.x)
-    bias = at.b if at.rule.parameter("bias") else None
     guard = at.rule.parameter("stabilizer")
+    valid = _valid(at.x, at.zeros if isinstance(guard, ZeroGuard) else None)
+    x = _pos(at.x) if at.rule.parameter("pixels") else valid
+    bias = at.b if at.rule.parameter("bias") else None
     if isinstance(guard, ZeroGuard):
         ones = torch.ones_like(at.W)
 
         def window(u: Tensor) -> Tensor:
             return at.product(u, ones)
 
-        return _guarded(x, at.R, lambda u: at.product(u, _pos(at.W)), window, guard)
+        return _guarded(x, valid, at.R, lambda u: at.product(u, _pos(at.W)), window, guard)
     return _divide(at, [(x, _pos(at.W))], bias, at.R)
 
 
-def _guarded(x: Tensor, R: Tensor, linear: Map, window: Map, guard: ZeroGuard) -> Shares:
-    """In proportion to x · weight, and evenly over the window where the sum counts as zero."""
+def _valid(x: Tensor, zeros: Tensor | None) -> Tensor:
+    """Ones, and zeros where x is zero by structure: such an element is padding to a zero-guard."""
+    return torch.ones_like(x) if zeros is None else (~zeros).to(x).expand_as(x)
+
+
+def _guarded(x: Tensor, valid: Tensor, R: Tensor, linear: Map, window: Map, guard: ZeroGuard) -> Shares:
+    """In proportion to x · weight, and evenly over the window's valid inputs where the sum counts as zero.
+
+    A window without valid inputs saw nothing but padding: its output is constant, and the relevance there is lost.
+    """
     z = linear(x)
     largest = z.flatten(1).amax(1).reshape(-1, *(1,) * (z.ndim - 1))
     dead = z <= guard.threshold * largest
     alive = torch.where(dead, 0.0, R / torch.where(dead, 1.0, z))
-    members = window(torch.ones_like(x))
-    empty = members == 0  # a window that lies in the padding
+    members = window(valid)
+    empty = members == 0
     evenly = torch.where(dead & ~empty, R, 0.0) / torch.where(empty, 1.0, members)
-    lost = {"dead windows": per_image(R * empty)}
-    return Shares([x * transpose(linear, x, alive) + transpose(window, x, evenly)], lost)
+    lost = {"constants": per_image(R * empty)}
+    return Shares([x * transpose(linear, x, alive) + valid * transpose(window, x, evenly)], lost)
 
 
 EQUATIONS: Mapping[str, Callable[[_Linear], Shares]] = {
@@ -317,18 +331,23 @@ EQUATIONS: Mapping[str, Callable[[_Linear], Shares]] = {
 # Pools --------------------------------------------------------------------------------------------------------------
 
 
-def share_pool(layer: MaxPool | AdaptiveMaxPool | Average, rule: PoolRule, x: Tensor, R: Tensor) -> Shares:
-    """The relevance of a pool's input from that of its output."""
+def share_pool(
+    layer: MaxPool | AdaptiveMaxPool | Average, rule: PoolRule, x: Tensor, R: Tensor, zeros: Tensor | None = None
+) -> Shares:
+    """The relevance of a pool's input from that of its output; ``zeros`` as for :func:`share_linear`."""
     if rule.kind == "winner":
         if isinstance(layer, Average):
             raise ValueError("an average pool has no winner")
         return Shares([_to_winner(layer, x, R)])
     assert rule.stabilizer is not None
-    average: Map = (lambda u: layer.forward((u,), {})) if isinstance(layer, Average) else _block_average(layer, x, R)
     stabilizer = rule.stabilizer
+    valid = _valid(x, zeros if isinstance(stabilizer, ZeroGuard) else None)
+    average: Map = (
+        (lambda u: layer.forward((u,), {})) if isinstance(layer, Average) else _block_average(layer, valid, R)
+    )
     if isinstance(stabilizer, ZeroGuard):
         # Even weights: the valid elements of the window share alike.
-        return _guarded(_pos(x), R, average, average, stabilizer)
+        return _guarded(_pos(x), valid, R, average, average, stabilizer)
     x = x if stabilizer.signed else _pos(x)
     z = average(x)
     denominator = stabilize(z, stabilizer)
@@ -344,32 +363,41 @@ def _to_winner(layer: MaxPool | AdaptiveMaxPool, x: Tensor, R: Tensor) -> Tensor
     return r
 
 
-def _block_average(layer: MaxPool | AdaptiveMaxPool, x: Tensor, R: Tensor) -> Map:
-    """The mean over the block that each output of a max-pool answers for, output by output."""
-    windows = _windows(layer, x.shape[2:], R.shape[2:])
+def _block_average(layer: MaxPool | AdaptiveMaxPool, valid: Tensor, R: Tensor) -> Map:
+    """The mean over the block that each output of a max-pool answers for, or its own window if no input there is valid."""
+    windows = _windows(layer, valid.shape[2:], R.shape[2:])
+    filled = [valid[:1, :, *block].flatten(2).any(2) for block, _ in windows]
+    whole = [bool(channels.all()) for channels in filled]
 
-    def average(u: Tensor) -> Tensor:
-        means = [u[:, :, *index].flatten(2).mean(2) for index in windows]
-        return torch.stack(means, 2).reshape(*u.shape[:2], *R.shape[2:])
+    def mean(u: Tensor, place: int) -> Tensor:
+        block, own = windows[place]
+        over_block = _mean_over(u, block)
+        return over_block if whole[place] else torch.where(filled[place], over_block, _mean_over(u, own))
 
-    return average
+    return lambda u: torch.stack([mean(u, place) for place in range(len(windows))], 2).reshape(R.shape)
 
 
-def _windows(layer: MaxPool | AdaptiveMaxPool, size: Sequence[int], outputs: Sequence[int]) -> list[tuple[slice, ...]]:
+def _mean_over(u: Tensor, index: tuple[slice, ...]) -> Tensor:
+    return u[:, :, *index].flatten(2).mean(2)
+
+
+def _windows(
+    layer: MaxPool | AdaptiveMaxPool, size: Sequence[int], outputs: Sequence[int]
+) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """The block (which may be empty) and the own window of every output, in order."""
     found = []
     for output in torch.cartesian_prod(*(torch.arange(n) for n in outputs)).reshape(-1, len(outputs)).tolist():
         if isinstance(layer, AdaptiveMaxPool):
             bounds = [(o * n // m, -((o + 1) * n // -m)) for o, n, m in zip(output, size, outputs, strict=True)]
-            found.append(tuple(slice(*bound) for bound in bounds))
-            continue
-        block = tuple(slice(o * s, min((o + 1) * s, n)) for o, s, n in zip(output, layer.stride, size, strict=True))
-        if any(part.start >= part.stop for part in block):
+            own = block = tuple(slice(*bound) for bound in bounds)
+        else:
             geometry = zip(output, layer.kernel, layer.stride, layer.padding, layer.dilation, size, strict=True)
-            block = tuple(
+            own = tuple(
                 slice(o * s - p + d * max(0, -((o * s - p) // d)), min(o * s - p + (k - 1) * d + 1, n), d)
                 for o, k, s, p, d, n in geometry
             )
-        found.append(block)
+            block = tuple(slice(o * s, min((o + 1) * s, n)) for o, s, n in zip(output, layer.stride, size, strict=True))
+        found.append((block, own))
     return found
 
 

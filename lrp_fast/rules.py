@@ -56,7 +56,7 @@ class ZeroGuard:
     """No stabilizer: ``z`` counts as zero when ``z ≤ threshold · max z`` of that layer and image.
 
     Relevance at a zero denominator is divided equally over the valid inputs of its window (inside the image, same
-    group), so that nothing is lost.
+    group, not zero by structure), so that nothing is lost.
     """
 
     threshold: float = 1e-12

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrp_fast import LRP, Composite, Splits, TraceError, heat_quantize, list_composites
@@ -231,6 +232,86 @@ def test_zero_initialised_branches_are_finite(images: Tensor) -> None:
             expected = LRP(model, name, split, backend="reference").explain(images)
             scale = expected.relevance.abs().amax() + 1e-12
             assert float((precise.relevance - expected.relevance).abs().amax() / scale) <= 1e-3, (name, split)
+
+
+class Padded(nn.Module):
+    """Padding as steps of their own, before convolutions and a max-pool; every layer has channels no input adds to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.ZeroPad2d((2, 1, 0, 2)), nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+        self.strided = nn.Conv2d(8, 12, 3, stride=2, groups=2)
+        self.same = nn.Conv2d(12, 9, (2, 4), padding="same")
+        self.last = nn.Conv2d(12, 6, 3)
+        self.head = nn.Linear(9, 5)
+        self.apply(_with_dead_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.pad(F.relu(self.stem(x)), (1, 0, 1, 2)), 2, 1)
+        x = F.relu(self.strided(F.pad(x, (0, 1, 2, 1))))
+        x = F.avg_pool2d(F.pad(F.relu(self.same(x)), (0, 1, 1, 0)), 2)
+        x = F.relu(self.last(F.pad(x, (1, 1, 1, 1, 1, 2))))
+        return self.head(F.pad(F.adaptive_avg_pool2d(x, 1).flatten(1), (1, 2)))
+
+
+@torch.no_grad()
+def _with_dead_channels(module: nn.Module) -> None:
+    """Every third channel has negative weights and a bias that lifts it above zero."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        module.weight[::3] = -module.weight[::3].abs()
+        if module.bias is not None:
+            module.bias[::3] = 1.0
+    if isinstance(module, nn.BatchNorm2d):
+        module.bias[::3] = 3.0
+
+
+def test_padding_of_its_own_gets_no_relevance_when_conserving() -> None:
+    model, x = Padded().eval(), torch.randn(3, 3, 17, 13)
+    x[0, :, 5:] = 0.0
+    x[1] = 0.0
+    names = ("strided", "same", "last")
+    expected = LRP(model, "conserving", backend="reference").explain(x, 1, layers=names)
+    got = LRP(model, "conserving").explain(x, 1, layers=names)
+    assert float(expected.leak.abs().max()) <= 1e-9
+    assert float(got.leak.abs().max()) <= 1e-5
+    assert relative_error(got.relevance, expected.relevance) <= 1e-5
+    for name in names:
+        assert relative_error(got.layers[name], expected.layers[name]) <= 1e-5, name
+    several = LRP(model, "conserving").explain(x, [[1, 0]] * 3, relevance=False)
+    assert relative_error(several.heatmap[:, 0], expected.heatmap) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_padding_of_its_own_is_a_convolutions_padding_when_conserving(backend: str) -> None:
+    own, inner = nn.Conv2d(3, 8, 3, 2, padding=(2, 1)), nn.Conv2d(8, 4, 3, padding=1)
+    head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    one = nn.Sequential(own, nn.ReLU(), inner, head).apply(_with_dead_channels).eval()
+    first, second = copy.deepcopy(own), copy.deepcopy(inner)
+    first.padding = second.padding = (0, 0)
+    two = nn.Sequential(nn.ZeroPad2d((1, 1, 2, 2)), first, nn.ReLU(), nn.ZeroPad2d(1), second, head).eval()
+    x = torch.randn(3, 3, 11, 14)
+    x[0] = 0.0
+    expected, got = (LRP(model, "conserving", backend=backend).explain(x, 2).relevance for model in (one, two))
+    assert relative_error(got, expected) <= 1e-5
+
+
+def test_relevance_of_what_only_saw_padding_is_lost_to_constants() -> None:
+    """Windows without a valid input: a convolution's own padding, or a step's, as wide as its kernel."""
+    x = torch.randn(2, 3, 9, 7)
+    maps = []
+    for padding in (nn.Sequential(nn.ZeroPad2d(2), nn.Conv2d(3, 6, 2)), nn.Conv2d(3, 6, 2, padding=2)):
+        model = nn.Sequential(padding, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 12 * 10, 4)).eval()
+        torch.manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.uniform_(module.weight, -0.1, 0.2)
+                nn.init.constant_(module.bias, 0.1)
+        result, audit = LRP(model, "conserving").explain(x), LRP(model, "conserving").audit(x)
+        assert bool((result.leak > 1e-3).all())
+        assert float((result.leak - audit.leak).abs().max()) <= 1e-5
+        assert float((audit.lost()["constants"] / audit.start - audit.leak).abs().max()) <= 1e-9
+        maps.append(result.relevance)
+    assert relative_error(*maps) <= 1e-5
 
 
 def test_per_layer_rules(model: nn.Module, images: Tensor) -> None:

@@ -183,6 +183,23 @@ def test_structural_zeros(function: Callable[[Tensor], Tensor], batch: int) -> N
     assert (zeros is None) == (function in (_cropped_away, _not_padded))
 
 
+def test_structural_zeros_behind_a_view_with_the_batch_written_into_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.head = nn.Linear(4 * 5 * 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.pad(self.conv(x).relu(), (1, 2)).view(2, -1))
+
+    plan, parameters = traced(Model())
+    zeros = plan.structural_zeros(plan.steps[plan.output].inputs[0], plan.shapes((2, 3, 5, 5), parameters))
+    assert zeros is not None
+    assert zeros.shape == (1, 160)
+    assert int(zeros.sum()) == 4 * 5 * 3
+
+
 def test_no_structural_zeros_behind_a_convolution() -> None:
     plan, parameters = traced(CifarResNet(blocks=1))
     shapes = plan.shapes((1, 3, 16, 16), parameters)

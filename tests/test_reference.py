@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -126,6 +126,13 @@ def random_input(geometry: Geometry, signed: bool, count: int = 2) -> Tensor:
     return x if signed else x.relu()
 
 
+def random_zeros(shape: tuple[int, ...], edge: int) -> Tensor:
+    """Places that are zero by structure, bool of shape (1, …): some anywhere, and all along one edge."""
+    zeros = torch.rand(1, *shape) < 0.4
+    zeros[..., :edge] = True
+    return zeros
+
+
 # The rules in words ---------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +150,7 @@ def in_proportion(c: Vector, bias: float, R: float, stabilizer: Stabilizer) -> V
 
 @dataclass(frozen=True)
 class Output:
-    """One output of a layer: the inputs, their weights, which lie in its window, its bias and its relevance."""
+    """One output of a layer: the inputs, their weights, which are valid in its window, its bias and its relevance."""
 
     x: Vector
     w: Vector
@@ -198,7 +205,8 @@ def flat(out: Output, stabilizer: float) -> Vector:
 
 
 def positive_contributions(out: Output, pixels: bool) -> Vector:
-    return [max(x if pixels else 1.0, 0) * max(w, 0) for x, w in zip(out.x, out.w, strict=True)]
+    seen = out.x if pixels else [float(inside) for inside in out.inside]
+    return [max(x, 0) * max(w, 0) for x, w in zip(seen, out.w, strict=True)]
 
 
 def positive_products(out: Output, stabilizer: Stabilizer, bias: bool, pixels: bool) -> Vector:
@@ -218,7 +226,7 @@ IN_WORDS: dict[str, Callable[..., Vector]] = {
 
 
 def zero_guarded(outputs: Sequence[Output], guard: ZeroGuard, pixels: bool) -> list[Vector]:
-    """Positive products; where they sum to zero, the same for every input of the window."""
+    """Positive products; where they sum to zero, the same for every valid input of the window."""
     contributions = [positive_contributions(out, pixels) for out in outputs]
     largest = max(map(math.fsum, contributions))
     found = []
@@ -238,17 +246,20 @@ def matrix_of(layer: Linear, shape: tuple[int, ...], weight: Tensor) -> list[Vec
     return columns.t().tolist()
 
 
-def by_loops(layer: Linear, rule: Rule, x: Tensor, R: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The relevance of x, output by output and input by input."""
+def by_loops(
+    layer: Linear, rule: Rule, x: Tensor, R: Tensor, weight: Tensor, bias: Tensor, zeros: Tensor | None = None
+) -> Tensor:
+    """The relevance of x, output by output and input by input; ``zeros`` are no valid inputs."""
     shape = tuple(x.shape[1:])
     matrix = matrix_of(layer, shape, weight)
     window = matrix_of(layer, shape, torch.ones_like(weight))
+    live = [1.0] * math.prod(shape) if zeros is None else (~zeros).double().flatten().tolist()
     per_channel = bias.reshape(-1, *(1,) * (R.ndim - 2)).expand(R.shape[1:]).flatten().tolist()
     low, high = (per_input(rule, name, shape) for name in ("low", "high"))
     images = []
     for image, relevance in zip(x.flatten(1).tolist(), R.flatten(1).tolist(), strict=True):
         outputs = [
-            Output(image, w, [bool(v) for v in inside], low, high, b, r)
+            Output(image, w, [bool(v * here) for v, here in zip(inside, live, strict=True)], low, high, b, r)
             for w, inside, b, r in zip(matrix, window, per_channel, relevance, strict=True)
         ]
         guard = dict(rule.parameters).get("stabilizer")
@@ -345,7 +356,27 @@ def test_zero_guard_loses_what_has_no_window_and_says_so() -> None:
     inner = R[:, :, 1:-1, 1:-1]
     expected = x * torch.einsum("noyx,oi->niyx", inner / layer.apply(x, weight)[:, :, 1:-1, 1:-1], weight[..., 0, 0])
     assert relative_error(shares.inputs[0], expected) <= BOUND
-    assert relative_error(shares.lost["dead windows"], (R.flatten(1).sum(1) - inner.flatten(1).sum(1))) <= BOUND
+    assert relative_error(shares.lost["constants"], (R.flatten(1).sum(1) - inner.flatten(1).sum(1))) <= BOUND
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_zero_guard_gives_nothing_to_structural_zeros(name: str, pixels: bool) -> None:
+    geometry = GEOMETRIES[name]
+    layer, rule = geometry.layer(), rules.PositiveProducts(ZeroGuard(), bias=False, pixels=pixels)
+    weight = torch.randn(geometry.weight_shape, dtype=torch.float64)
+    weight[0] = -weight[0].abs()  # a channel no input adds to
+    bias = torch.randn(geometry.channels[1], dtype=torch.float64)
+    zeros = random_zeros(geometry.input_shape, edge=2)
+    x = random_input(geometry, signed=False).masked_fill(zeros, 0.0)
+    R = torch.randn_like(layer.apply(x, weight))
+    shares = reference.share_linear(layer, rule, x, R, weight, bias, zeros)
+    assert relative_error(shares.inputs[0], by_loops(layer, rule, x, R, weight, bias, zeros)) <= BOUND
+    assert not bool(shares.inputs[0].masked_select(zeros).any())
+    reached = layer.apply((~zeros).double(), torch.ones_like(weight)) != 0
+    assert relative_error(shares.lost["constants"], reference.per_image(R * ~reached)) <= BOUND
+    missing = reference.per_image(R) - reference.per_image(shares.inputs[0]) - sum(shares.lost.values())
+    assert float(missing.abs().max()) <= BOUND * float(R.abs().sum())
 
 
 def test_gamma_sends_nothing_through_an_output_of_zero() -> None:
@@ -468,17 +499,26 @@ def pool_windows(layer: object, size: tuple[int, ...], outputs: tuple[int, ...])
     ]
 
 
-def block_windows(layer: object, size: tuple[int, ...], outputs: tuple[int, ...]) -> list[list[Member]]:
-    """For each output of a max-pool, the block it answers for: stride by stride, else its own window."""
+def block_windows(
+    layer: object, size: tuple[int, ...], outputs: tuple[int, ...], zeros: Tensor | None = None
+) -> list[list[Member]]:
+    """For each output of a max-pool, the block it answers for: stride by stride, else its own window.
+
+    ``zeros`` (bool, of that size) are members of neither.
+    """
     own = pool_windows(layer, size, outputs)
     found = []
     for place, window in zip(itertools.product(*map(range, outputs)), own, strict=True):
-        members = [position for position, _ in window]
+        members = valid([position for position, _ in window], zeros)
         if isinstance(layer, MaxPool):
             spans = [range(o * s, min((o + 1) * s, n)) for o, s, n in zip(place, layer.stride, size, strict=True)]
-            members = list(itertools.product(*spans)) or members
+            members = valid(itertools.product(*spans), zeros) or members
         found.append([(position, 1 / len(members)) for position in members])
     return found
+
+
+def valid(positions: Iterable[tuple[int, ...]], zeros: Tensor | None) -> list[tuple[int, ...]]:
+    return [position for position in positions if zeros is None or not bool(zeros[position])]
 
 
 def outputs_of(layer: Pool, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -528,7 +568,7 @@ def pool_guarded(guard: ZeroGuard) -> Share:
     def share(values: Vector, weights: Vector, R: float, largest: float) -> Vector:
         c = [max(v, 0.0) * w for v, w in zip(values, weights, strict=True)]
         if math.fsum(c) <= guard.threshold * largest:
-            return [R / len(c)] * len(c)
+            return [R / max(len(c), 1)] * len(c)
         return [value / math.fsum(c) * R for value in c]
 
     return share
@@ -571,6 +611,29 @@ def test_pool_is_its_definition(name: str) -> None:
             R = R * means(windows, x).reshape(y.shape) if rule.stabilizer.signed else R  # no poles
         got = reference.share_pool(layer, rule, x, R).inputs[0]
         assert relative_error(got, share_by_loops(windows, x, R, share)) <= BOUND, f"{rule.stabilizer}"
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_guarded_pool_gives_nothing_to_structural_zeros(name: str) -> None:
+    layer, size = POOLS[name]
+    rule = next(rule for rule, _ in pool_rules(layer) if isinstance(rule.stabilizer, ZeroGuard))
+    assert isinstance(rule.stabilizer, ZeroGuard)
+    zeros = random_zeros((2, *size), edge=2)
+    zeros[:, 1] = True
+    x = torch.randn(2, 2, *size, dtype=torch.float64).masked_fill(zeros, 0.0)
+    x[1, 0] = 0.0
+    y, outputs = outputs_of(layer, x)
+    if isinstance(layer, Average):
+        own = pool_windows(layer, size, outputs)
+        windows = [[member for member in window if valid([member[0]], zeros[0, 0])] for window in own]
+    else:
+        windows = block_windows(layer, size, outputs, zeros[0, 0])
+    R = torch.randn_like(y)
+    shares = reference.share_pool(layer, rule, x, R, zeros)
+    expected = share_by_loops(windows, x, R, pool_guarded(rule.stabilizer)).masked_fill(zeros, 0.0)
+    assert relative_error(shares.inputs[0], expected) <= BOUND
+    missing = reference.per_image(R) - reference.per_image(shares.inputs[0])
+    assert relative_error(shares.lost["constants"], missing) <= BOUND
 
 
 @pytest.mark.parametrize("name", [name for name, (layer, _) in POOLS.items() if isinstance(layer, Average)])

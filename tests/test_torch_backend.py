@@ -27,6 +27,7 @@ from test_reference import (
     pool_rules,
     random_factor,
     random_input,
+    random_zeros,
     relative_error,
 )
 from torch import Tensor, nn
@@ -217,6 +218,33 @@ def test_no_denominator_gives_a_nan(x: str) -> None:
             assert relative_error(r.flatten(1).sum(1), R.flatten(1).sum(1)) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("pixels", [True, False])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_structural_zeros_are_no_valid_inputs(name: str, pixels: bool, dtype: torch.dtype) -> None:
+    geometry = GEOMETRIES[name]
+    rule = rules.PositiveProducts(ZeroGuard(), bias=False, pixels=pixels)
+    layer, parameters = layer_with(geometry, bias=True, normed=False)
+    zeros = random_zeros(geometry.input_shape, edge=2)
+    x = random_input(geometry, signed=False).masked_fill(zeros, 0.0).to(dtype)
+    weights = reference.weights(layer, double(parameters), "fold")
+    whole = LinearOperation(layer, rule, True, parameters, True, dtype, "layer")
+    operation = whole.without(zeros)
+    value, z, output = operation.forward(x)
+    R = torch.randn_like(value)
+    expected = reference.share_linear(layer, rule, x.double(), R.double(), *weights, zeros).inputs[0]
+    assert not operation.sums_channels
+    gates = operation.gates(z, output, 1.0)
+    r = total(operation.backward(torch.cat([R, 2 * R]), gates, x, geometry.input_shape), x).unflatten(0, (2, 2))
+    assert relative_error(r[0], expected) <= BOUNDS[dtype]
+    assert relative_error(r[1], 2 * expected) <= BOUNDS[dtype]
+
+    value, z, output = whole.forward(x)  # the operation it was made from knows nothing of them
+    got = total(whole.backward(R, whole.gates(z, output, 1.0), x, geometry.input_shape), x)
+    expected = reference.share_linear(layer, rule, x.double(), R.double(), *weights).inputs[0]
+    assert relative_error(got, expected) <= BOUNDS[dtype]
+
+
 def test_bounds_of_the_wrong_number_of_channels_name_the_layer() -> None:
     geometry = GEOMETRIES["2d"]
     layer, parameters = layer_with(geometry, bias=False, normed=False)
@@ -286,6 +314,23 @@ def test_pool_is_the_references(name: str, dtype: torch.dtype) -> None:
         assert relative_error(r[0], expected) <= BOUNDS[dtype], case
         assert relative_error(r[1], 2 * expected) <= BOUNDS[dtype], case
     assert kinds == ({"proportional"} if isinstance(layer, Average) else {"winner", "blocks"})
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name", POOLS)
+def test_structural_zeros_are_no_valid_inputs_of_a_pool(name: str, dtype: torch.dtype) -> None:
+    layer, size = POOLS[name]
+    rule = next(rule for rule, _ in pool_rules(layer) if isinstance(rule.stabilizer, ZeroGuard))
+    zeros = random_zeros((2, *size), edge=2)
+    x = pool_input(size, signed=False).masked_fill(zeros, 0.0).to(dtype)
+    y = layer.forward((x,), {})
+    operation = ProportionalPool(layer, rule, (2, *size), tuple(y.shape[1:]), True, x[:0], zeros)
+    y, gates = operation.forward(x)
+    R = torch.randn_like(y)
+    expected = reference.share_pool(layer, rule, x.double(), R.double(), zeros).inputs[0]
+    r = total(operation.backward(torch.cat([R, 2 * R]), gates, x, (2, *size)), x).unflatten(0, (2, 2))
+    assert relative_error(r[0], expected) <= BOUNDS[dtype]
+    assert relative_error(r[1], 2 * expected) <= BOUNDS[dtype]
 
 
 def test_the_tables_hold_every_kind_of_pool_and_pool_layer() -> None:

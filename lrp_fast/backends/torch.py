@@ -13,6 +13,7 @@ its gate has N.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -129,7 +130,8 @@ class LinearOperation:
     """A convolution or linear layer under a rule, bound to its weights.
 
     ``factored``: its message to its input is ``(acc, …)``, to be multiplied by the input; otherwise it is dense.
-    ``sums_channels``: the channel sum of its message can be had at once, for the heatmap alone.
+    ``sums_channels``: the channel sum of its message can be had at once, for the heatmap alone. ``live``: None, or zero
+    where the input is zero by structure and one elsewhere (1 × …).
     """
 
     def __init__(
@@ -161,7 +163,17 @@ class LinearOperation:
         self.sums_channels = self.inputs == ["one"] and isinstance(layer, Convolution) and not grouped
         self._pack_forward()
         self._pack_backward()
+        self.live: Tensor | None = None
         self._constants: dict[Shape, dict[Term, Tensor]] = {}
+
+    def without(self, zeros: Tensor) -> LinearOperation:
+        """This operation for inputs where ``zeros`` (bool, 1 × …) are padding: to its zero-guard no valid inputs."""
+        assert self.guard is not None
+        bound = copy.copy(self)
+        bound.live = (~zeros).to(self.dtype)
+        bound.sums_channels = False
+        bound._constants = {}
+        return bound
 
     def _check_bounds(self, name: str) -> None:
         weight = self.rule_weights[0]
@@ -260,9 +272,9 @@ class LinearOperation:
         return {term: z for term, z in known.items() if term.input == part}
 
     def constant_input(self, part: InputPart, like: Tensor) -> Tensor:
-        """Ones, or a pixel bound, shaped like the input."""
+        """Ones (where the input is live), or a pixel bound, shaped like the input."""
         if part == "one":
-            return torch.ones_like(like)
+            return torch.ones_like(like) if self.live is None else self.live
         value = torch.tensor(self.rule.parameter(part), dtype=like.dtype, device=like.device)
         return value.view(1, -1, *(1,) * (like.ndim - 2)).expand_as(like).contiguous()
 
@@ -326,7 +338,8 @@ class LinearOperation:
             if part == "x":
                 acc = share
             else:
-                share = share if part == "one" else times(share, self._factor(part, x, share))
+                unscaled = part == "one" and self.live is None
+                share = share if unscaled else times(share, self._factor(part, x, share))
                 dense = share if dense is None else dense + share
         if gates.dead is not None:
             spread = self._spread(times(relevance, gates.dead), shape, heatmap)
@@ -337,7 +350,7 @@ class LinearOperation:
         return acc, dense
 
     def _factor(self, part: InputPart, x: Tensor | None, like: Tensor) -> Tensor:
-        if part in ("low", "high"):
+        if part in ("one", "low", "high"):
             return self.constant_input(part, like[:1])
         assert x is not None
         return x.clamp(min=0) if part == "x+" else x.clamp(max=0)
@@ -360,16 +373,25 @@ class LinearOperation:
         return transposed_convolution(s, weight, layer, shape, layer.groups)
 
     def _spread(self, dead: Tensor, shape: Shape, heatmap: bool) -> Tensor:
-        """Dead relevance divided equally over the valid inputs of its window."""
+        """Dead relevance divided equally over the valid inputs of its window; what has none is lost."""
         if isinstance(self.layer, Dense):
-            return (dead.sum(-1, keepdim=True) / shape[-1]).expand(*dead.shape[:-1], shape[-1])
+            members = shape[-1] if self.live is None else self.live.sum(-1, keepdim=True).clamp(min=1)
+            share = (dead.sum(-1, keepdim=True) / members).expand(*dead.shape[:-1], shape[-1])
+        else:
+            share = self._box(dead, shape, heatmap, self._members(shape))
+        return share if self.live is None else share * self.live
+
+    def _members(self, shape: Shape) -> Tensor:
+        """How many valid inputs each window has, 1 × groups × …."""
         assert self.window is not None
-        layer = self.layer
+        layer, groups = self.layer, self.window.shape[0]
         assert isinstance(layer, Convolution)
-        ones = torch.ones(1, self.window.shape[0], *shape[1:], dtype=self.dtype, device=dead.device)
-        geometry = (layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.stride), self.window.shape[0])
-        count = torch.convolution(ones, self.window, None, *geometry) * (shape[0] // self.window.shape[0])
-        return self._box(dead, shape, heatmap, count)
+        if self.live is None:
+            present = torch.ones(1, groups, *shape[1:], dtype=self.dtype, device=self.window.device)
+        else:
+            present = self.live.unflatten(1, (groups, -1)).mean(2)
+        geometry = (layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.stride), groups)
+        return torch.convolution(present, self.window, None, *geometry) * (shape[0] // groups)
 
     def _box(self, s: Tensor, shape: Shape, heatmap: bool, count: Tensor | None = None) -> Tensor:
         """The transposed map of all-one weights: one channel for each group, repeated."""
@@ -496,10 +518,12 @@ class BlockMap:
     """The average that stands in for a max-pool (DESIGN §3, *blocks*), and its transpose, bound to an input shape.
 
     Output o answers for the block starting at o · stride, clipped to the input, or for the pool's own window where that
-    is empty; the two kinds are kept apart by a mask.
+    is empty (or has nothing ``live``, 1 × channels × …); the two kinds are kept apart by a mask.
     """
 
-    def __init__(self, layer: MaxPool | AdaptiveMaxPool, shape: Shape, outputs: Shape, like: Tensor) -> None:
+    def __init__(
+        self, layer: MaxPool | AdaptiveMaxPool, shape: Shape, outputs: Shape, like: Tensor, live: Tensor | None = None
+    ) -> None:
         def placed(rows: list[list[int]], n: int) -> Tensor:
             matrix = torch.zeros(len(rows), n, dtype=torch.float64)
             for row, members in enumerate(rows):
@@ -517,10 +541,8 @@ class BlockMap:
             tiles = tuple(tile or 1 for tile in self.blocks.tiles)
             pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(tiles) - 1]
             self.blocks.native = lambda x: pool(x, tiles)
-        filled = torch.ones(1, 1, *outputs, dtype=like.dtype, device=like.device)
-        for axis, rows in enumerate(blocks):
-            row = torch.tensor([float(bool(members)) for members in rows], dtype=like.dtype, device=like.device)
-            filled = filled * row.view(-1, *(1,) * (len(outputs) - axis - 1))
+        present = torch.ones(1, 1, *sizes, dtype=like.dtype, device=like.device) if live is None else live
+        filled = (self.blocks.forward(present) > 0).to(like.dtype)
         self.windows: AverageMap | None = None
         if not bool(filled.all()):
             self.filled = filled
@@ -551,17 +573,23 @@ def _own_windows(layer: MaxPool | AdaptiveMaxPool, sizes: Shape, outputs: Shape)
 
 
 class ProportionalPool:
-    """A pool that shares relevance in proportion to its (non-negative) inputs, bound to an input shape."""
+    """A pool that shares relevance in proportion to its (non-negative) inputs, bound to an input shape.
+
+    ``zeros`` (bool, 1 × …): what is zero by structure in its input, and to a zero-guard not valid.
+    """
 
     def __init__(
         self, layer: MaxPool | AdaptiveMaxPool | Average, rule: PoolRule, shape: Shape, outputs: Shape,
-        nonnegative: bool, like: Tensor,
+        nonnegative: bool, like: Tensor, zeros: Tensor | None = None,
     ) -> None:  # fmt: skip
         assert rule.stabilizer is not None
         self.layer, self.stabilizer, self.dtype = layer, rule.stabilizer, like.dtype
         self.is_average = isinstance(layer, Average)
+        self.live = None if zeros is None else (~zeros).to(like.dtype)
         self.map: AverageMap | BlockMap = (
-            average_map(layer, shape, like) if isinstance(layer, Average) else BlockMap(layer, shape, outputs[1:], like)
+            average_map(layer, shape, like)
+            if isinstance(layer, Average)
+            else BlockMap(layer, shape, outputs[1:], like, self.live)
         )
         signed = isinstance(self.stabilizer, Stabilizer) and self.stabilizer.signed
         self.clamps = not signed and not nonnegative
@@ -570,7 +598,8 @@ class ProportionalPool:
         self.valid: Tensor | None = None
         if isinstance(self.stabilizer, ZeroGuard):
             ones = torch.ones(1, 1, *shape[1:], dtype=like.dtype, device=like.device)
-            self.valid = self._with_axes(self.map.forward(ones), shape)
+            valid = self._with_axes(self.map.forward(ones if self.live is None else self.live), shape)
+            self.valid = valid.masked_fill(valid == 0, 1.0)  # a window of padding, whose relevance is lost
 
     def forward(self, x: Tensor) -> tuple[Tensor, Gates]:
         """The pool's own output, and its gates."""
@@ -593,6 +622,7 @@ class ProportionalPool:
         if gates.dead is not None:
             assert self.valid is not None
             dense = self.map.transpose(self._with_axes(times(relevance, gates.dead), shape) / self.valid)
+            dense = dense if self.live is None else dense * self.live
         if self.factored:
             return acc, dense
         assert x is not None
