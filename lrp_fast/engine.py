@@ -8,49 +8,27 @@ from a merge, with the split's weight in the numerator; or whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lrp_fast.backends.passes import Arrived, Passes, times
 from lrp_fast.backends.torch import (
     Gates,
     LinearOperation,
     MergeOperation,
-    Message,
     ProportionalPool,
     WinnerPool,
     channels_last,
     move_back,
-    times,
-    times_plus,
 )
 from lrp_fast.composites import Assignment
 from lrp_fast.layers import AdaptiveMaxPool, Average, Dense, Input, Linear, MaxPool, Merge, Parameters, ReLU, Shape
-from lrp_fast.plan import Plan
+from lrp_fast.plan import Numerator, Plan, Unit
 from lrp_fast.rules import ZeroGuard
 
 Operation = LinearOperation | ProportionalPool | WinnerPool | MergeOperation | None
-Numerator = Literal["value", "weight", "one"]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One step, or a linear step or merge together with the ReLU that alone reads it.
-
-    ``numerator``: what the gates of a linear unit are over: its own output (relevance arrives as ``acc``), the weight of
-    the merge behind it (the merge's relevance arrives), or one (its own relevance arrives). ``keep``: its output is needed
-    again in the backward pass.
-    """
-
-    step: int
-    output: int
-    inputs: tuple[int, ...]
-    relu: bool
-    numerator: Numerator
-    keep: bool
 
 
 def bind_linears(
@@ -71,17 +49,19 @@ def bind_linears(
 
 
 Tape = list[tuple[object, Tensor | None]]
+Serve = Callable[[Sequence[Unit], Sequence[Operation], Sequence[Shape]], Sequence[Passes | str]]
 
 
 class Program:
     """A bound plan. ``shapes`` are those of every step for one input shape; ``observed`` are steps to report.
 
-    With ``heatmap`` the input's relevance may come summed over channels (one channel) where that is cheaper.
+    With ``heatmap`` the input's relevance may come summed over channels (one channel) where that is cheaper. ``serve``
+    may take over units: it gives for each its passes, or the reason why it has none.
     """
 
     def __init__(
         self, plan: Plan, assignments: Sequence[Assignment], linears: Mapping[int, LinearOperation], shapes: tuple[Shape, ...],
-        like: Tensor, observed: frozenset[int] = frozenset(), heatmap: bool = False,
+        like: Tensor, observed: frozenset[int] = frozenset(), heatmap: bool = False, serve: Serve | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.shapes, self.dtype = plan, shapes, like.dtype
         self.operations: list[Operation] = []
@@ -99,9 +79,40 @@ class Program:
         sums = len(summing) == len(readers) and all(operation.sums_channels for operation in summing)
         self.direct_heatmap = heatmap and sums and 0 not in self.observed
         self.last_reader = [0] * len(self.units)
+        first_reader = [len(self.units)] * len(self.units)
         for place, unit in enumerate(self.units):
             for source in unit.inputs:
                 self.last_reader[source] = place
+                first_reader[source] = min(first_reader[source], place)
+        served = ["" for _ in self.units] if serve is None else serve(self.units, self.operations, shapes)
+        self.service = [found.service if isinstance(found, Passes) else found for found in served]
+        self.passes = [found if isinstance(found, Passes) else None for found in served]
+        # Backward, the first reader is the last to send.
+        self.settles = [
+            len(unit.inputs) == 1 and first_reader[unit.inputs[0]] == place
+            and (receiver := self.passes[unit.inputs[0]]) is not None and receiver.settles
+            and unit.inputs[0] not in self.observed.values()
+            for place, unit in enumerate(self.units)
+        ]  # fmt: skip
+        self.taken = {
+            source
+            for unit, passes in zip(self.units, self.passes, strict=True)
+            if passes is not None
+            for source, takes in zip(unit.inputs, passes.takes, strict=False)
+            if takes
+        }
+
+    def serving(self) -> list[str]:
+        """For each step what runs it, where units were offered to :data:`Serve`."""
+        names = []
+        for step in range(len(self.plan.steps)):
+            unit, passes = self.units[self.position[step]], self.passes[self.position[step]]
+            service = self.service[self.position[step]]
+            if unit.step != step:
+                names.append(f"with {self.plan.steps[unit.step].name}")
+            else:
+                names.append(service if passes is not None else f"torch: {service}")
+        return names
 
     # Forward.
 
@@ -112,7 +123,14 @@ class Program:
         tape: Tape = [(None, None)] * len(self.units)
         for place, unit in enumerate(self.units):
             sources = [values[source] for source in unit.inputs]
-            value, saved = self._forward_unit(place, unit, sources, inputs, pending, tape)  # type: ignore[arg-type]
+            passes = self.passes[place]
+            saved: object
+            if place in self.taken:
+                value, saved = sources[0], None
+            elif passes is not None:
+                value, saved = passes.forward(sources)  # type: ignore[arg-type]
+            else:
+                value, saved = self._forward_unit(place, unit, sources, inputs, pending, tape)  # type: ignore[arg-type]
             values[place] = value
             tape[place] = (saved, value if unit.keep else None)
             for source in set(unit.inputs):
@@ -158,69 +176,88 @@ class Program:
 
         Consumes the tape, so that memory is freed on the way.
         """
-        acc: list[Tensor | None] = [None] * len(self.units)
-        dense: list[Tensor | None] = [None] * len(self.units)
-        dense[self.position[self.plan.output]] = start
+        arrived = [Arrived() for _ in self.units]
+        arrived[self.position[self.plan.output]].dense = start
         places = set(self.observed.values())
-        arrived: dict[int, Tensor] = {}
+        at: dict[int, Tensor] = {}
         for place in range(len(self.units) - 1, 0, -1):
+            here, arrived[place] = arrived[place], Arrived()
             saved, value = tape[place]
             tape[place] = (None, None)
-            unit = self.units[place]
-            if acc[place] is None and dense[place] is None:
+            if here.empty:
                 continue
-            relevance = self._arriving(unit, acc[place], dense[place], value)
-            acc[place] = dense[place] = None
             if place in places:
-                arrived[place] = relevance
-            for source, (a, d) in zip(unit.inputs, self._messages(unit, relevance, saved, tape), strict=True):
-                acc[source] = _plus(acc[source], a)
-                dense[source] = _plus(dense[source], d)
-        result = _total(acc[0], dense[0], tape[0][1])
-        if result is None:
-            result = start.new_zeros(start.shape[0], *self.shapes[0][1:])
-        arrived[0] = result
+                relevance = here.total(value, self._shape(place))
+                assert relevance is not None
+                at[place], here = relevance, Arrived(dense=relevance)
+            if self.passes[place] is None:
+                self._send(place, here, saved, value, arrived, tape)
+            else:
+                self._pass_on(place, here, saved, value, arrived, tape)
+        result = arrived[0].total(tape[0][1], self._shape(0))
+        at[0] = start.new_zeros(start.shape[0], *self._shape(0)) if result is None else result
         for step, place in self.observed.items():  # a layer and the ReLU behind it share one place
-            if place not in arrived:
-                arrived[place] = start.new_zeros(start.shape[0], *self.shapes[step][1:])
-        return result, {step: arrived[place] for step, place in self.observed.items()}
+            if place not in at:
+                at[place] = start.new_zeros(start.shape[0], *self.shapes[step][1:])
+        return at[0], {step: at[place] for step, place in self.observed.items()}
 
-    def _arriving(self, unit: Unit, acc: Tensor | None, dense: Tensor | None, value: Tensor | None) -> Tensor:
-        if unit.numerator == "value":
-            assert acc is not None
-            return acc
-        total = _total(acc, dense, value)
-        assert total is not None
-        return total
+    def _shape(self, place: int) -> Shape:
+        return self.shapes[self.units[place].output][1:]
 
-    def _messages(self, unit: Unit, relevance: Tensor, saved: object, tape: Tape) -> list[Message]:
-        operation = self.operations[unit.step]
-        shape = self.shapes[self.units[unit.inputs[0]].output][1:]
-        if isinstance(operation, LinearOperation):
-            assert isinstance(saved, Gates)
-            x = None if operation.factored else tape[unit.inputs[0]][1]
-            return [operation.backward(relevance, saved, x, shape, self.direct_heatmap and unit.inputs[0] == 0)]
+    def _pass_on(
+        self, place: int, here: Arrived, saved: object, value: Tensor | None, arrived: list[Arrived], tape: Tape
+    ) -> None:
+        """Send what has arrived at a unit on, by its own passes."""
+        unit, passes = self.units[place], self.passes[place]
+        assert passes is not None
+        leaving = here.leaving if here.leaving is not None else passes.settle(here, value, saved)
+        if passes.takes:
+            for source, takes, left in zip(unit.inputs, passes.takes, leaving, strict=True):
+                if takes:
+                    arrived[source].leaving = left
+                elif left is not None:
+                    arrived[source].add(Arrived(dense=left[0].movedim(-1, 1)), self._shape(source))
+            return
+        (source,) = unit.inputs
+        receiver = self.passes[source]
+        if self.settles[place] and receiver is not None:
+            saved, value = tape[source]
+            arrived[source] = Arrived(leaving=passes.send_into(leaving, receiver, arrived[source], value, saved))
+        else:
+            message = passes.send(leaving, tape[source][1], self.direct_heatmap and source == 0)
+            arrived[source].add(message, self._shape(source))
+
+    def _send(
+        self, place: int, here: Arrived, saved: object, value: Tensor | None, arrived: list[Arrived], tape: Tape
+    ) -> None:
+        """Send what has arrived at a unit on, by the torch backend."""
+        unit, operation = self.units[place], self.operations[self.units[place].step]
+        shape = self._shape(unit.inputs[0])
+        # Gates over the unit's own output take what arrives without it.
+        relevance = here.factored(self._shape(place)) if unit.numerator == "value" else None
+        relevance = here.total(value, self._shape(place)) if relevance is None else relevance
+        assert relevance is not None
+        messages: list[Arrived]
         if isinstance(operation, MergeOperation):
             assert isinstance(saved, list)
-            return [(None, relevance if weight is None else times(relevance, weight)) for weight in saved]
-        if isinstance(operation, ProportionalPool):
-            assert isinstance(saved, Gates)
-            return [operation.backward(relevance, saved, tape[unit.inputs[0]][1], shape)]
-        if isinstance(operation, WinnerPool):
+            messages = [Arrived(dense=relevance if weight is None else times(relevance, weight)) for weight in saved]
+        elif isinstance(operation, WinnerPool):
             assert isinstance(saved, Tensor)
-            return [operation.backward(relevance, saved, shape)]
-        return [(None, move_back(self.layers[unit.step], relevance, shape))]
-
-
-def _plus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return second if first is None else first if second is None else first + second
-
-
-def _total(acc: Tensor | None, dense: Tensor | None, value: Tensor | None) -> Tensor | None:
-    if acc is None:
-        return dense
-    assert value is not None
-    return times(acc, value) if dense is None else times_plus(acc, value, dense.to(acc.dtype))
+            _, dense = operation.backward(relevance, saved, shape)
+            messages = [Arrived(dense=dense)]
+        elif isinstance(operation, (LinearOperation, ProportionalPool)):
+            assert isinstance(saved, Gates)
+            x = tape[unit.inputs[0]][1]
+            if isinstance(operation, ProportionalPool):
+                acc, dense = operation.backward(relevance, saved, x, shape)
+            else:
+                heatmap = self.direct_heatmap and unit.inputs[0] == 0
+                acc, dense = operation.backward(relevance, saved, None if operation.factored else x, shape, heatmap)
+            messages = [Arrived(acc=acc, dense=dense)]
+        else:
+            messages = [Arrived(dense=move_back(self.layers[unit.step], relevance, shape))]
+        for source, message in zip(unit.inputs, messages, strict=True):
+            arrived[source].add(message, self._shape(source))
 
 
 def _bind(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -12,16 +13,19 @@ from torch import Tensor, nn
 
 from lrp_fast import reference
 from lrp_fast.audit import Audit, audit_rows
+from lrp_fast.backends.passes import Passes
 from lrp_fast.backends.torch import LinearOperation
 from lrp_fast.composites import STARTS, Assignment, Composite
 from lrp_fast.engine import Program, bind_linears
+from lrp_fast.layers import Shape
+from lrp_fast.plan import Unit
 from lrp_fast.precision import float32_precision
 from lrp_fast.splits import Split, Splits, as_splits
 from lrp_fast.trace import check_eval, parameter_table, trace
 
 logger = logging.getLogger("lrp_fast")
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 PROGRAMS_KEPT = 8
 """How many input shapes (with their layers asked for) stay bound at once."""
@@ -68,13 +72,18 @@ class LRP:
         Replaces the composite's splits at merges: a name (``"ratio"``, ``"symmetric"``, ``"residual-only"``,
         ``"signed"``), a :class:`~lrp_fast.splits.Split`, or ``Splits(identity=..., projection=...)``.
     backend
-        ``"torch"``, ``"reference"`` (float64 equations, slow), or ``"auto"``.
+        ``"triton"`` (fused kernels, on a CUDA device; what they do not serve the torch backend runs, see
+        :meth:`describe`), ``"torch"``, ``"reference"`` (float64 equations, slow), or ``"auto"``: triton where its kernels
+        can run, else torch.
     dtype
         What is computed in: float32, bfloat16 or float64; by default the model's own.
     compile
         Run the two passes through ``torch.compile`` (the first call with a shape takes a minute).
     tf32
         Let a GPU use TF32 for float32 convolutions; off by default, whatever the global setting.
+    cuda_graph
+        On a GPU, record each of the two passes once for an input shape and replay it from then on: what a small batch
+        spends on launching kernels is saved. The recording keeps its memory.
 
     Raises
     ------
@@ -94,6 +103,7 @@ class LRP:
         compile: bool = False,
         *,
         tf32: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
@@ -101,17 +111,26 @@ class LRP:
         self.composite = chosen if split is None else replace(chosen, splits=as_splits(split))
         self.model = model
         self.plan = trace(model)
-        self.backend = "torch" if backend == "auto" else backend
         self.compile = compile
         self.tf32 = tf32
+        self.cuda_graph = cuda_graph
         self._assignments: tuple[Assignment, ...] = self.composite.assign(self.plan)
         self._dtype = dtype
         self._linears: dict[int, LinearOperation] | None = None
         self._signature: object = None
         self._programs: dict[object, _Runner] = {}
+        self.backend = backend
         self.device, self.dtype = self._place(parameter_table(model, self.plan))
         if backend == "auto":
-            logger.info("backend: torch (%s, %s)", self.device, self.dtype)
+            self.backend, why = _choose_backend(self.device, self.dtype)
+            logger.info("backend: %s (%s, %s)%s", self.backend, self.device, self.dtype, why)
+        elif backend == "triton":
+            _triton().check_device(self.device, self.dtype)
+        if cuda_graph and (self.device.type != "cuda" or compile or self.backend == "reference"):
+            raise ValueError(
+                f"cuda_graph=True needs the torch or triton backend on a CUDA device, without compile=True; got backend "
+                f"{self.backend!r} on {self.device} with compile={compile}"
+            )
 
     # What users call.
 
@@ -186,19 +205,53 @@ class LRP:
             result = self._reference_backward(double, values, begin[0])
             return audit_rows(self.plan, self._assignments, result, begin[0])
 
-    def describe(self) -> str:
-        """A table of the plan: every step, what serves it and how relevance leaves it."""
+    def describe(self, shape: Sequence[int] | None = None) -> str:
+        """A table of the plan: every step, how relevance leaves it, what serves it and why not the kernels.
+
+        The triton backend chooses for an input shape N×C×H×W: the one given, else that of the latest explanation.
+        """
+        serving = self._serving(shape)
         rows = [("step", "operation", "relevance leaves by", "backend")]
-        for step, assignment in zip(self.plan.steps, self._assignments, strict=True):
+        for index, (step, assignment) in enumerate(zip(self.plan.steps, self._assignments, strict=True)):
             chosen = assignment.rule or assignment.pool or (assignment.split and f"{assignment.split.name} split")
             kind = getattr(step.layer, "kind", "") if assignment.split else ""
-            rows.append((step.name, f"{step.operation} {kind}".strip(), str(chosen or "passing"), self.backend))
+            rows.append((step.name, f"{step.operation} {kind}".strip(), str(chosen or "passing"), serving[index]))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         title = (
             f"{type(self.model).__name__}: {self.composite.name}, {self.composite.splits}, {self.dtype}, {self.device}"
         )
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([title, *lines])
+
+    def _serving(self, shape: Sequence[int] | None) -> list[str]:
+        """What runs each step."""
+        if self.backend != "triton":
+            return [self.backend] * len(self.plan.steps)
+        if shape is not None:
+            program = self._program(torch.empty(tuple(shape), device=self.device), frozenset(), False).program
+        elif self._programs:
+            program = next(reversed(self._programs.values())).program
+        else:
+            return ["triton, chosen for an input shape: describe((N, C, H, W))"] * len(self.plan.steps)
+        return program.serving()
+
+    def tune(self, inputs: Tensor) -> str:
+        """Measure, for batches like ``inputs``, which kernels and tiles serve best on this GPU, and remember it on disk.
+
+        Takes a minute or more, once for a device, network and shape; returns a table of what was chosen. Later explainers
+        find the choices by themselves. Raises ``ValueError`` unless the backend is triton on a CUDA device.
+        """
+        if self.backend != "triton" or self.device.type != "cuda":
+            raise ValueError(
+                f"tune() measures the triton backend on a CUDA device, got {self.backend!r} on {self.device}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            self._check_inputs(inputs, self._refresh_if_changed())
+            with float32_precision(self.tf32):
+                program = self._program(inputs, frozenset(), False).program
+                report: str = _triton().tune(program.passes, inputs.shape[0], self._choices())
+        self._programs.clear()
+        return report
 
     def refresh(self) -> None:
         """Read the model's weights again. Needed only after writes through ``.data``, which nothing else shows."""
@@ -242,12 +295,25 @@ class LRP:
                 self._linears = bind_linears(self.plan, self._assignments, fold, parameters, self.dtype)
             shapes = self.plan.shapes(shape, parameters)
             like = torch.empty(0, dtype=self.dtype, device=self.device)
-            program = Program(self.plan, self._assignments, self._linears, shapes, like, observed, heatmap)
-            runner = _Runner(program, self.compile)
+            serve = self._serve if self.backend == "triton" else None
+            program = Program(self.plan, self._assignments, self._linears, shapes, like, observed, heatmap, serve)
+            runner = _Recorded(program) if self.cuda_graph else _Runner(program, self.compile)
         self._programs[key] = runner
         while len(self._programs) > PROGRAMS_KEPT:
             del self._programs[next(iter(self._programs))]
         return runner
+
+    def _serve(
+        self, units: Sequence[Unit], operations: Sequence[object], shapes: Sequence[Shape]
+    ) -> Sequence[Passes | str]:
+        precision = "tf32" if self.tf32 and self.dtype == torch.float32 else "ieee"
+        served: Sequence[Passes | str] = _triton().serve(
+            units, operations, shapes, self.dtype, precision, self._choices()
+        )
+        return served
+
+    def _choices(self) -> Any:
+        return _triton().Choices.of_device(self.device)
 
     # Running.
 
@@ -319,15 +385,94 @@ class LRP:
             )
 
 
+def _triton() -> Any:
+    """The triton backend, imported only when it is used."""
+    try:
+        import lrp_fast.backends.triton as backend
+    except ImportError as error:
+        raise ImportError(f"the triton backend needs triton ({error}); install it, or use backend='torch'") from error
+    return backend
+
+
+def _choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What ``"auto"`` means here, and why not triton."""
+    if device.type != "cuda":
+        return "torch", ""
+    try:
+        _triton().check_device(device, dtype)
+    except (ImportError, ValueError) as error:
+        return "torch", f": {error}"
+    return "triton", ""
+
+
 class _Runner:
     """A program's two passes, compiled or not."""
 
     def __init__(self, program: Program, compile_passes: bool) -> None:
+        self.program = program
         self.forward: Callable[..., Any] = program.forward
         self.backward: Callable[..., Any] = program.backward
         if compile_passes:
             self.forward = torch.compile(program.forward, dynamic=False)
             self.backward = torch.compile(program.backward, dynamic=False)
+
+
+class _Recorded(_Runner):
+    """A program's two passes as CUDA graphs, recorded at the first call with their shapes.
+
+    Both graphs take their memory from one pool and are replayed in turn, so that what the forward pass saves lies where
+    the backward pass reads it. Results are copied out.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, False)
+        self.forward, self.backward = self._replay_forward, self._replay_backward
+        self._onward: torch.cuda.CUDAGraph | None = None
+        self._back: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+
+    def _replay_forward(self, inputs: Tensor) -> tuple[Tensor, None]:
+        if self._onward is None:
+            self._record_forward(inputs)
+        assert self._onward is not None
+        self._inputs.copy_(inputs)
+        self._onward.replay()
+        return self._output.clone(), None
+
+    def _replay_backward(self, tape: None, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        if start.shape[0] not in self._back:
+            self._back[start.shape[0]] = self._record_backward(start)
+        graph, begin, (relevance, at) = self._back[start.shape[0]]
+        begin.copy_(start)
+        graph.replay()
+        return relevance.clone(), {step: found.clone() for step, found in at.items()}
+
+    def _record_forward(self, inputs: Tensor) -> None:
+        self._inputs = inputs.clone()
+        with _on_a_side_stream():
+            for _ in range(2):  # kernels are compiled and libraries choose their algorithms before the recording
+                output, tape = self.program.forward(self._inputs)
+                self.program.backward(tape, torch.zeros_like(output))
+        self._onward = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._onward):
+            self._output, self._tape = self.program.forward(self._inputs)
+
+    def _record_backward(self, start: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+        assert self._onward is not None
+        begin, graph = start.clone(), torch.cuda.CUDAGraph()
+        with _on_a_side_stream():
+            self.program.backward(list(self._tape), begin)
+        with torch.cuda.graph(graph, pool=self._onward.pool()):
+            result = self.program.backward(list(self._tape), begin)
+        return graph, begin, result
+
+
+@contextmanager
+def _on_a_side_stream() -> Iterator[None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 class _Targets(NamedTuple):

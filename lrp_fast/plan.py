@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +51,26 @@ class Step:
     inputs: tuple[int, ...]
     nonnegative: bool
     module_type: type | None = None
+
+
+Numerator = Literal["value", "weight", "one"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One step, or a linear step or merge together with the ReLU that alone reads it; ``inputs`` are units.
+
+    ``numerator``: what the gates of a linear unit are over: its own output (relevance arrives as ``acc``), the weight of
+    the merge behind it (the merge's relevance arrives), or one (its own relevance arrives). ``keep``: its output is needed
+    again in the backward pass.
+    """
+
+    step: int
+    output: int
+    inputs: tuple[int, ...]
+    relu: bool
+    numerator: Numerator
+    keep: bool
 
 
 @dataclass(frozen=True)
@@ -129,10 +150,8 @@ class Plan:
         single = [(1, *shape[1:]) for shape in shapes]
         for link in reversed(chain):
             layer = self.steps[link].layer
-            if isinstance(layer, Reshape):  # a view may have the batch size written into it
-                live = live.reshape(single[link])
-            else:
-                live = layer.resolved(single).forward((live,), {})
+            moved = isinstance(layer, Reshape)  # a view may have the batch size written into it
+            live = live.reshape(single[link]) if moved else layer.resolved(single).forward((live,), {})
         zeros = live == 0
         return zeros if bool(zeros.any()) else None
 

@@ -11,6 +11,7 @@ import lrp_fast
 
 ROOT = pathlib.Path(lrp_fast.__file__).parent
 LEVELS = (
+    ("kernels",),
     ("version", "layers", "rules", "plan", "splits", "precision"),
     ("composites", "reference", "backends"),
     ("trace", "engine"),
@@ -22,6 +23,7 @@ LEVELS = (
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "kernels" not in path.parts)
+TRITON = ROOT / "backends" / "triton"
 OPTIONAL = ("triton", "torchvision", "timm", "matplotlib", "zennit", "captum")
 
 
@@ -56,7 +58,14 @@ def test_imports_go_downward(path: pathlib.Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_optional_packages_are_imported_where_used(path: pathlib.Path) -> None:
     at_top = {name.split(".")[0] for name, top in _imports(path) if top}
-    assert not at_top & set(OPTIONAL)
+    assert not at_top & set(OPTIONAL) - ({"triton"} if TRITON in path.parents else set())
+
+
+def test_the_triton_backend_is_imported_where_used() -> None:
+    outside = [path for path in MODULES if TRITON not in path.parents]
+    assert not [
+        path for path in outside for name, top in _imports(path) if top and name.startswith("lrp_fast.backends.triton")
+    ]
 
 
 def test_reference_shares_nothing_with_the_backends() -> None:
@@ -68,7 +77,14 @@ def test_reference_shares_nothing_with_the_backends() -> None:
 
 def test_only_the_triton_backend_imports_kernels() -> None:
     importers = [path for path in MODULES if any(name.startswith("lrp_fast.kernels") for name, _ in _imports(path))]
-    assert all(path == ROOT / "backends" / "triton.py" for path in importers)
+    assert importers
+    assert all(TRITON in path.parents for path in importers)
+
+
+def test_kernels_import_nothing_of_the_package() -> None:
+    kernels = sorted((ROOT / "kernels").glob("*.py"))
+    assert kernels
+    assert not [path for path in kernels if any(name.startswith("lrp_fast") for name, _ in _imports(path))]
 
 
 def test_kernels_are_reached_through_the_package() -> None:

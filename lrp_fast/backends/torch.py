@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrp_fast.backends.passes import times, times_plus
 from lrp_fast.composites import PoolRule
 from lrp_fast.layers import (
     AdaptiveAveragePool,
@@ -46,20 +47,6 @@ from lrp_fast.splits import Split
 
 Message = tuple[Tensor | None, Tensor | None]
 """``(acc, dense)``: relevance ``x · acc + dense`` of a layer's input x."""
-
-
-def times(relevance: Tensor, gate: Tensor | float) -> Tensor:
-    """``relevance · gate`` where relevance may hold several maps of each of the gate's rows, one after another."""
-    if isinstance(gate, float) or gate.shape[0] in (1, relevance.shape[0]):
-        return relevance * gate
-    return (relevance.unflatten(0, (-1, gate.shape[0])) * gate).flatten(0, 1)
-
-
-def times_plus(relevance: Tensor, gate: Tensor, dense: Tensor) -> Tensor:
-    """``relevance · gate + dense``, rows as in :func:`times`."""
-    if gate.shape[0] == relevance.shape[0]:
-        return torch.addcmul(dense, relevance, gate)
-    return times(relevance, gate) + dense
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -152,6 +139,10 @@ class LinearOperation:
         self.shared = fold or layer.norm is None
         self.may_vanish = any(group.bias is not None for group in rule.groups) and self.rule_weights[1] is not None
         self._check_bounds(name)
+        bounds = {
+            part: value for part in ("low", "high") if (value := dict(self.rule.parameters).get(part)) is not None
+        }
+        self.bounds = {part: self.own_weights[0].new_tensor(value, dtype=dtype) for part, value in bounds.items()}
         self.groups = [self._terms(index, nonnegative) for index in range(len(rule.groups))]
         self.masked = any(group.mask for group in rule.groups)
         self.own = self._whole(own=True)
@@ -275,8 +266,7 @@ class LinearOperation:
         """Ones (where the input is live), or a pixel bound, shaped like the input."""
         if part == "one":
             return torch.ones_like(like) if self.live is None else self.live
-        value = torch.tensor(self.rule.parameter(part), dtype=like.dtype, device=like.device)
-        return value.view(1, -1, *(1,) * (like.ndim - 2)).expand_as(like).contiguous()
+        return self.bounds[part].view(1, -1, *(1,) * (like.ndim - 2)).expand_as(like).contiguous()
 
     def gates(self, z: Sequence[Tensor], output: Tensor | None, numerator: Tensor | float) -> Gates:
         """The gates of all groups: ``numerator · mask / stab(z)``, computed in float32, stored in the compute dtype."""
@@ -329,7 +319,13 @@ class LinearOperation:
         With ``heatmap`` (where ``sums_channels``) the message has one channel, their sum.
         """
         relevance = relevance.to(self.dtype)
-        s = [times(relevance, gate) for gate in gates.groups]
+        dead = None if gates.dead is None else times(relevance, gates.dead)
+        return self.send([times(relevance, gate) for gate in gates.groups], dead, x, shape, heatmap)
+
+    def send(
+        self, s: Sequence[Tensor], dead: Tensor | None, x: Tensor | None, shape: Shape, heatmap: bool = False
+    ) -> Message:
+        """The message, from ``s = R · gate`` of every group and what a zero-guard spreads evenly."""
         acc: Tensor | None = None
         dense: Tensor | None = None
         for part, (groups, weights) in self.transposes.items():
@@ -341,8 +337,8 @@ class LinearOperation:
                 unscaled = part == "one" and self.live is None
                 share = share if unscaled else times(share, self._factor(part, x, share))
                 dense = share if dense is None else dense + share
-        if gates.dead is not None:
-            spread = self._spread(times(relevance, gates.dead), shape, heatmap)
+        if dead is not None:
+            spread = self._spread(dead, shape, heatmap)
             dense = spread if dense is None else dense + spread
         if acc is not None and not self.factored:
             assert x is not None

@@ -1,0 +1,379 @@
+"""What every kernel shares: denominators and gates, splits, and where relevance goes once it has arrived.
+
+Activations are NHWC and contiguous: a tensor of C channels is a matrix of ``rows`` (images · height · width) × C.
+
+A linear layer's convolution runs once with S weights stacked (S = 1 or 2), so that its raw output has S · C channels:
+``first`` and ``second``, each plus its bias. From these come the layer's own output and the denominators of its rule's
+G groups (G = 1 or 2), by the kind of :class:`Denominators`::
+
+    kind       S  G   own               z_1                      z_2
+    "own"      1  1   first             first                                                  ε
+    "stacked"  2  1   first             second                                                 z⁺, positive products
+    "signs"    2  2   first + second    high · first + low · second   low · first + high · second   αβ, γ
+
+and from a denominator its gate, ``gate_g = numerator · mask_g / stab(z_g)``. The gates of one layer lie side by side,
+G · C channels. Under a zero-guard what counts as dead is coded by sign: the gate is ``numerator / z`` where the
+denominator lives and ``−numerator`` where it is dead; numerators are then never negative.
+
+Everything is computed in float32 and stored in the dtype of the tensor it is stored to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLITS = ("ratio", "symmetric", "residual-only", "signed")
+CONSTANT_SPLITS = {"symmetric": (0.5, 0.5), "residual-only": (1.0, 0.0)}
+"""Splits whose weights (residual, skip) do not depend on the branches."""
+
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+"""Compiler options of every launch: the default of this one flips in Triton 3.10."""
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """How a linear layer's stacked output becomes its own output, its denominators and its gates."""
+
+    kind: Literal["own", "stacked", "signs"]
+    epsilon: float = 0.0
+    stabilizer: Literal["signed", "plain", "vanishing", "guard"] = "signed"
+    """``z ± ε`` by sign; ``z + ε``; ``z + ε`` with ε in place of zero; or none, and z ≤ limit counts as zero."""
+    high: float = 1.0
+    low: float = 0.0
+    masked: bool = False
+    """Group 1 only where the layer's own output is above zero, group 2 only where it is below (γ)."""
+
+    @property
+    def stacks(self) -> int:
+        """S: how many weights are stacked in the convolution."""
+        return 1 if self.kind == "own" else 2
+
+    @property
+    def groups(self) -> int:
+        """G: how many gates the layer has."""
+        return 2 if self.kind == "signs" else 1
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of a kernel that calls :func:`gates_of`."""
+        return {
+            "epsilon": self.epsilon, "high": self.high, "low": self.low,
+            "KIND": self.kind, "STABILIZER": self.stabilizer, "MASKED": self.masked,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class End:
+    """Where relevance goes on to: ``R · gate`` (rows × groups · C), or ``R · scale`` if there is no gate.
+
+    ``part``: of a zero-guarded gate, coded by sign, what is ``"alive"`` or what is ``"dead"``: ``R · gate⁺`` or ``R · gate⁻``.
+    """
+
+    gate: Tensor | None = None
+    groups: int = 1
+    scale: float = 1.0
+    part: Literal["whole", "alive", "dead"] = "whole"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the two branches that meet at a merge.
+
+    ``linear``: ``tensor`` is the raw stacked output (…, S · C) of the branch's last layer, without its ``bias`` (S · C,);
+    otherwise it is the branch's value (…, C). ``limit`` (N,) float32: what counts as zero, under a zero-guard.
+    """
+
+    tensor: Tensor
+    linear: bool = False
+    bias: Tensor | None = None
+    limit: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What arrives at a layer beside the message ``acc`` a kernel computes, and where it goes on to::
+
+        R = value · (acc + previous) + dense + even        out_e = R · gate_e
+
+    ``value``: the layer's output x, rows × C, or None for one. ``previous``: another message, rows × C, or, with
+    ``previous_stride`` (s, s), N × ⌈H/s⌉ × ⌈W/s⌉ × C: it belongs to the rows with y and x divisible by s. ``dense``:
+    relevance that arrives as it is, rows × C; ``even``: relevance that is equal in all channels, rows.
+    Relevance may hold several maps of each image, one after another: value and gates then have a divisor of its rows.
+    """
+
+    ends: tuple[End, ...] = (End(),)
+    value: Tensor | None = None
+    previous: Tensor | None = None
+    previous_stride: int = 1
+    dense: Tensor | None = None
+    even: Tensor | None = None
+    outputs: tuple[Tensor, ...] = field(default=(), compare=False)
+    """One tensor for each end, to write to; made by :meth:`prepared`."""
+
+    def prepared(self, like: Tensor, shape: tuple[int, ...]) -> Arrival:
+        """With outputs allocated, of ``shape`` (…, C) but G · C channels, in the dtype and on the device of ``like``."""
+        outputs = tuple(like.new_empty(*shape[:-1], end.groups * shape[-1]) for end in self.ends)
+        return replace(self, outputs=outputs)
+
+    def arguments(self, rows: int, height: int = 1, width: int = 1) -> dict[str, Any]:
+        """The keyword arguments of a kernel that calls :func:`settle`, for ``rows`` rows of relevance."""
+        ends = [*self.ends, End()][:2]
+        outputs = [*self.outputs, self.outputs[0]][:2]
+        known = [x for x in (self.value, *(end.gate for end in self.ends)) if x is not None]
+        nothing = outputs[0]  # stands in for pointers that are never read
+        return {
+            "value_ptr": nothing if self.value is None else self.value,
+            "previous_ptr": nothing if self.previous is None else self.previous,
+            "dense_ptr": nothing if self.dense is None else self.dense,
+            "even_ptr": nothing if self.even is None else self.even,
+            "gate_a_ptr": nothing if ends[0].gate is None else ends[0].gate,
+            "gate_b_ptr": nothing if ends[1].gate is None else ends[1].gate,
+            "out_a_ptr": outputs[0],
+            "out_b_ptr": outputs[1],
+            "scale_a": ends[0].scale,
+            "scale_b": ends[1].scale,
+            "gate_rows": min((x.numel() // x.shape[-1] for x in known), default=rows),
+            "height": height,
+            "width": width,
+            "HAS_VALUE": self.value is not None,
+            "HAS_PREVIOUS": self.previous is not None,
+            "PREVIOUS_STRIDE": self.previous_stride,
+            "HAS_DENSE": self.dense is not None,
+            "HAS_EVEN": self.even is not None,
+            "GATE_A": ends[0].gate is not None,
+            "GROUPS_A": ends[0].groups,
+            "PART_A": ends[0].part,
+            "END_B": len(self.ends) > 1,
+            "GATE_B": ends[1].gate is not None,
+            "GROUPS_B": ends[1].groups,
+            "PART_B": ends[1].part,
+        }
+
+
+def pack(x: Tensor) -> Tensor:
+    """N × C × H × W as N × H × W × C, contiguous; a view where the channels lie last in memory already."""
+    return x.permute(0, *range(2, x.ndim), 1).contiguous()
+
+
+def unpack(x: Tensor) -> Tensor:
+    """N × H × W × C as N × C × H × W with the channels last in memory; a view."""
+    return x.permute(0, -1, *range(1, x.ndim - 1))
+
+
+def tile(channels: int, elements: int = 1024) -> tuple[int, int]:
+    """Rows × columns of a tile of an element-wise pass over ``channels`` columns: whole rows, up to 256 columns."""
+    columns = min(triton.next_power_of_2(channels), 256)
+    return max(elements // columns, 1), columns
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` was set before triton was imported)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+# Device functions -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_at(C, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The tile of an element-wise pass's program: rows [BM, 1] int64 and columns [1, BN], row by row of tiles."""
+    across = tl.cdiv(C, BLOCK_COLUMNS)
+    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(0) % across * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    return rows[:, None], columns[None, :]
+
+
+@triton.jit
+def divisible(C, EIGHTH: tl.constexpr):
+    """C, which the compiler may take for a multiple of 8 if ``EIGHTH``: 16-byte vectors of 16-bit numbers."""
+    return C // 8 * 8 if EIGHTH else C
+
+
+@triton.jit
+def own_output(first, second, KIND: tl.constexpr):
+    """The layer's own output, before any ReLU."""
+    if KIND == "signs":
+        return first + second
+    else:
+        return first
+
+
+@triton.jit
+def first_denominator(first, second, high, low, KIND: tl.constexpr):
+    if KIND == "own":
+        return first
+    elif KIND == "stacked":
+        return second
+    else:
+        return high * first + low * second
+
+
+@triton.jit
+def second_denominator(first, second, high, low):
+    return low * first + high * second
+
+
+@triton.jit
+def gate_of(z, numerator, epsilon, limit, STABILIZER: tl.constexpr):
+    """``numerator / stab(z)``; under a zero-guard ``numerator / z`` where z > limit and ``−numerator`` elsewhere."""
+    if STABILIZER == "guard":
+        dead = z <= limit
+        return tl.where(dead, -numerator, numerator / tl.where(dead, 1.0, z))
+    elif STABILIZER == "signed":
+        return numerator / tl.where(z < 0, z - epsilon, z + epsilon)
+    elif STABILIZER == "vanishing":
+        shifted = z + epsilon
+        return numerator / tl.where(shifted == 0, epsilon, shifted)
+    else:
+        return numerator / (z + epsilon)
+
+
+@triton.jit
+def store_gates(
+    gate_ptr, first, second, numerator, rows, columns, inside, C,
+    epsilon, limit, high, low,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Write a tile's gates, rows × G · C. ``rows`` [BM, 1] int64, ``columns`` [1, BN]; first, second [BM, BN] float32."""
+    gate = gate_of(first_denominator(first, second, high, low, KIND), numerator, epsilon, limit, STABILIZER)
+    if KIND == "signs":
+        other = gate_of(second_denominator(first, second, high, low), numerator, epsilon, limit, STABILIZER)
+        if MASKED:
+            own = first + second
+            gate = tl.where(own > 0, gate, 0.0)
+            other = tl.where(own < 0, other, 0.0)
+        tl.store(gate_ptr + rows * (2 * C) + columns, gate, mask=inside)
+        tl.store(gate_ptr + rows * (2 * C) + C + columns, other, mask=inside)
+    else:
+        tl.store(gate_ptr + rows * C + columns, gate, mask=inside)
+
+
+@triton.jit
+def split_weights(residual, skip, SPLIT: tl.constexpr):
+    """The weights of the residual branch and of the skip, from their float32 values before the ReLU."""
+    if SPLIT == "ratio":
+        magnitude = tl.abs(residual) + 1e-30  # 0/0 is one half
+        weight = magnitude / (tl.abs(skip) + 1e-30 + magnitude)
+        return weight, 1.0 - weight
+    elif SPLIT == "signed":
+        total = residual + skip
+        denominator = tl.where(total < 0, total - 1e-6, total + 1e-6)
+        return residual / denominator, skip / denominator
+    elif SPLIT == "symmetric":
+        return tl.full(residual.shape, 0.5, tl.float32), tl.full(residual.shape, 0.5, tl.float32)
+    else:
+        return tl.full(residual.shape, 1.0, tl.float32), tl.full(residual.shape, 0.0, tl.float32)
+
+
+@triton.jit
+def load_stack(
+    stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """A tile of a raw convolution output, rows × S · C, plus its bias: first and second (the same where S is 1)."""
+    first = tl.load(stacked_ptr + rows * (STACKS * C) + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        first += tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
+    second = first
+    if STACKS == 2:
+        second = tl.load(stacked_ptr + rows * (STACKS * C) + C + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            second += tl.load(bias_ptr + C + columns, mask=column_inside, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def store_merge(
+    first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
+    epsilon, limit, other_limit, high, low,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr,
+    SPLIT: tl.constexpr, RELU: tl.constexpr, IS_RESIDUAL: tl.constexpr, OTHER_LINEAR: tl.constexpr,
+):  # fmt: skip
+    """A tile where two branches meet: write ``h = ReLU(this + other)`` and how relevance leaves for both.
+
+    ``first``, ``second``: the stacked outputs of this branch's last, linear layer; ``IS_RESIDUAL``: it is the residual
+    branch and not the skip. Its gates get the weight of the split in the numerator. The other branch is linear too
+    (gates are written to ``other_ptr``) or a plain value ``other_first`` (its weight is written there, unless the split
+    is constant).
+    """
+    own = own_output(first, second, KIND)
+    other = other_first
+    if OTHER_LINEAR:
+        other = own_output(other_first, other_second, KIND)
+    merged = own + other
+    tl.store(merged_ptr + rows * C + columns, tl.maximum(merged, 0.0) if RELU else merged, mask=inside)
+    if IS_RESIDUAL:
+        weight, other_weight = split_weights(own, other, SPLIT)
+    else:
+        other_weight, weight = split_weights(other, own, SPLIT)
+    store_gates(
+        gate_ptr, first, second, weight, rows, columns, inside, C, epsilon, limit, high, low, KIND, STABILIZER, MASKED
+    )
+    if OTHER_LINEAR:
+        store_gates(
+            other_ptr, other_first, other_second, other_weight, rows, columns, inside, C,
+            epsilon, other_limit, high, low, KIND, STABILIZER, MASKED,
+        )  # fmt: skip
+    elif SPLIT == "ratio" or SPLIT == "signed":
+        tl.store(other_ptr + rows * C + columns, other_weight, mask=inside)
+
+
+@triton.jit
+def store_end(
+    out_ptr, gate_ptr, relevance, rows, gate_rows, columns, inside, C, scale,
+    GATE: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    if GATE:
+        for group in tl.static_range(GROUPS):
+            gate = tl.load(gate_ptr + gate_rows * (GROUPS * C) + group * C + columns, mask=inside, other=0.0).to(
+                tl.float32
+            )
+            if PART == "alive":
+                gate = tl.maximum(gate, 0.0)
+            elif PART == "dead":
+                gate = tl.maximum(-gate, 0.0)
+            tl.store(out_ptr + rows * (GROUPS * C) + group * C + columns, relevance * gate, mask=inside)
+    else:
+        tl.store(out_ptr + rows * C + columns, relevance * scale, mask=inside)
+
+
+@triton.jit
+def settle(
+    acc, rows, columns, inside, C,
+    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+    scale_a, scale_b, gate_rows, height, width,
+    HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
+    GATE_A: tl.constexpr, GROUPS_A: tl.constexpr, PART_A: tl.constexpr,
+    END_B: tl.constexpr, GATE_B: tl.constexpr, GROUPS_B: tl.constexpr, PART_B: tl.constexpr,
+):  # fmt: skip
+    """A tile of relevance has arrived: total it and send it on (:class:`Arrival`).
+
+    ``acc`` [BM, BN] float32; ``rows`` [BM, 1] int64 (n · H + y) · W + x; ``columns`` [1, BN]; ``inside`` [BM, BN].
+    """
+    row = rows.to(tl.int32)
+    of_image = (row % gate_rows).to(tl.int64)
+    if HAS_PREVIOUS:
+        if PREVIOUS_STRIDE == 1:
+            acc += tl.load(previous_ptr + rows * C + columns, mask=inside, other=0.0).to(tl.float32)
+        else:
+            x = row % width
+            y = row // width % height
+            n = row // (width * height)
+            small_width = (width + PREVIOUS_STRIDE - 1) // PREVIOUS_STRIDE
+            small_height = (height + PREVIOUS_STRIDE - 1) // PREVIOUS_STRIDE
+            small = ((n * small_height + y // PREVIOUS_STRIDE) * small_width + x // PREVIOUS_STRIDE).to(tl.int64)
+            there = inside & (y % PREVIOUS_STRIDE == 0) & (x % PREVIOUS_STRIDE == 0)
+            acc += tl.load(previous_ptr + small * C + columns, mask=there, other=0.0).to(tl.float32)
+    if HAS_VALUE:
+        acc *= tl.load(value_ptr + of_image * C + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DENSE:
+        acc += tl.load(dense_ptr + rows * C + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_EVEN:
+        acc += tl.load(even_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    store_end(out_a_ptr, gate_a_ptr, acc, rows, of_image, columns, inside, C, scale_a, GATE_A, GROUPS_A, PART_A)
+    if END_B:
+        store_end(out_b_ptr, gate_b_ptr, acc, rows, of_image, columns, inside, C, scale_b, GATE_B, GROUPS_B, PART_B)

@@ -1,0 +1,150 @@
+"""After a convolution with stacked weights: bias, ReLU, denominators and gates, in one pass.
+
+    first = stacked[:, :C] + bias[:C]      second = stacked[:, C:] + bias[C:]            (BN is folded into both)
+    value = ReLU(own)                      gate_g = numerator · mask_g / stab(z_g)
+    maximum[n] = max over image n of z_1                           (what a zero-guard's limit is a fraction of)
+
+stacked rows × S · C → value rows × C, gates rows × G · C, maximum (N,) float32; ``own`` and ``z_g`` as in :mod:`common`.
+With a ``group_width`` the stacks of a grouped convolution lie group by group: W columns of the first, W of the second,
+and so on, W = C / groups; the bias lies (first, second) as ever.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    OPTIONS,
+    Denominators,
+    divisible,
+    first_denominator,
+    load_stack,
+    own_output,
+    store_gates,
+    tile,
+    tile_at,
+)
+
+
+@triton.jit
+def load_groups(
+    stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C,
+    STACKS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """As ``load_stack``, but the stacks may lie group by group."""
+    if GROUP_WIDTH == 0 or STACKS == 1:
+        return load_stack(stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS)
+    else:
+        place = rows * (2 * C) + columns + columns // GROUP_WIDTH * GROUP_WIDTH
+        first = tl.load(stacked_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(stacked_ptr + place + GROUP_WIDTH, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            first += tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
+            second += tl.load(bias_ptr + C + columns, mask=column_inside, other=0.0).to(tl.float32)
+        return first, second
+
+
+@triton.jit
+def _gate_kernel(
+    stacked_ptr, bias_ptr, limit_ptr, fixed_ptr, value_ptr, gate_ptr, row_count, rows_per_image, C, epsilon, high, low,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    FIXED: tl.constexpr,
+    RELU: tl.constexpr, OVER_VALUE: tl.constexpr, GROUP_WIDTH: tl.constexpr, EIGHTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    C = divisible(C, EIGHTH)
+    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
+    column_inside = columns < C
+    inside = (rows < row_count) & column_inside
+    first, second = load_groups(
+        stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS, GROUP_WIDTH
+    )
+    value = own_output(first, second, KIND)
+    if RELU:
+        value = tl.maximum(value, 0.0)
+    tl.store(value_ptr + rows * C + columns, value, mask=inside)
+    limit = 0.0
+    if STABILIZER == "guard":
+        limit = tl.load(limit_ptr + rows.to(tl.int32) // rows_per_image, mask=rows < row_count, other=0.0)
+    numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
+    if FIXED:
+        of_image = rows.to(tl.int32) % rows_per_image
+        first = tl.load(fixed_ptr + of_image * C + columns, mask=inside, other=1.0).to(tl.float32)
+    store_gates(
+        gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, limit, high, low,
+        KIND, STABILIZER, MASKED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _maximum_kernel(
+    stacked_ptr, bias_ptr, maximum_ptr, rows_per_image, C,
+    KIND: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_WIDTH: tl.constexpr,
+    EIGHTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    C = divisible(C, EIGHTH)
+    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)  # rows of image program_id(1)
+    column_inside = columns < C
+    inside = (rows < rows_per_image) & column_inside
+    rows += tl.program_id(1).to(tl.int64) * rows_per_image
+    first, second = load_groups(
+        stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS, GROUP_WIDTH
+    )
+    z = tl.where(inside, first_denominator(first, second, 1.0, 0.0, KIND), float("-inf"))
+    tl.store(maximum_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(z))
+
+
+def gate(
+    stacked: Tensor, bias: Tensor | None, denominators: Denominators, *, relu: bool, over_value: bool,
+    limit: Tensor | None = None, fixed: Tensor | None = None, group_width: int = 0,
+    block: tuple[int, int] | None = None, num_warps: int = 4,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Value (…, C) and gates (…, G · C) from a raw convolution output (N, H, W, S · C), contiguous.
+
+    ``over_value``: the gate's numerator is the value, else one. ``limit``: (N,) float32, for a zero-guard.
+    ``fixed``: (H, W, C), denominators that are the same for every image, in place of the own output's (of kind "own").
+    ``group_width``: not 0 if the stacks lie group by group.
+    """
+    if fixed is not None and denominators.kind != "own":
+        raise ValueError(f"denominators that are fixed go with the kind 'own', got {denominators.kind!r}")
+    channels = stacked.shape[-1] // denominators.stacks
+    rows = stacked.numel() // stacked.shape[-1]
+    value = stacked.new_empty(*stacked.shape[:-1], channels)
+    gates = stacked.new_empty(*stacked.shape[:-1], channels * denominators.groups)
+    block = block or tile(channels)
+    grid = (triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1]),)
+    _gate_kernel[grid](
+        stacked, stacked if bias is None else bias, stacked if limit is None else limit,
+        stacked if fixed is None else fixed, value, gates, rows, rows // stacked.shape[0], channels, **denominators.arguments(),
+        STACKS=denominators.stacks, HAS_BIAS=bias is not None, FIXED=fixed is not None, RELU=relu, OVER_VALUE=over_value,
+        GROUP_WIDTH=group_width, EIGHTH=channels % 8 == 0, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1],
+        num_warps=num_warps, **OPTIONS,
+    )  # fmt: skip
+    return value, gates
+
+
+def image_maximum(
+    stacked: Tensor, bias: Tensor | None, denominators: Denominators, *, group_width: int = 0,
+    block: tuple[int, int] | None = None, num_warps: int = 4,
+) -> Tensor:  # fmt: skip
+    """The largest denominator of each image, (N,) float32, of a raw convolution output (N, …, S · C), contiguous.
+
+    ValueError for rules of two denominators.
+    """
+    if denominators.groups != 1:
+        raise ValueError(f"got denominators {denominators.kind!r} of two groups, and expected 'own' or 'stacked'")
+    images, channels = stacked.shape[0], stacked.shape[-1] // denominators.stacks
+    rows = stacked.numel() // stacked.shape[-1] // images
+    block = block or tile(channels, 4096)
+    programs = triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1])
+    maximum = stacked.new_empty(images, programs, dtype=torch.float32)
+    _maximum_kernel[programs, images](
+        stacked, stacked if bias is None else bias, maximum, rows, channels,
+        KIND=denominators.kind, STACKS=denominators.stacks, HAS_BIAS=bias is not None,
+        GROUP_WIDTH=group_width, EIGHTH=channels % 8 == 0, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1],
+        num_warps=num_warps, **OPTIONS,
+    )  # fmt: skip
+    return maximum.amax(1)

@@ -1,0 +1,404 @@
+"""1×1 convolutions as matrix products of NHWC activations, with the passes that follow them as epilogues.
+
+Forward, S weights stacked (S = 1 or 2), row (n, oy, ox) of the result reading x at (n, s·oy, s·ox)::
+
+    first = x @ weight[:C]ᵀ + bias[:C]      second = x @ weight[C:]ᵀ + bias[C:]
+
+    gated     value = ReLU(own)             gate_g = numerator · mask_g / stab(z_g)
+    merged    merged = ReLU(own + other)    gate_g = ρ · mask_g / stab(z_g), ρ the branch's weight under the split
+
+x rows × K, weight S · C × K → value rows × C, gates rows × G · C; ``own`` and ``z_g`` as in :mod:`common`.
+Backward, an :class:`Arrival` settling what one or two messages s (rows × K) bring::
+
+    acc = s @ weightᵀ [+ s₂ @ weight₂ᵀ]     R = value · (acc + previous) + dense + even     out_e = R · gate_e
+
+**All weights are C × K, with what is summed over (K) last in memory**, as a tensor core wants it in every dtype (TF32
+``wgmma`` takes nothing else). So backward the weight is the forward one transposed, Cin × G · Cout: packed once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    CONSTANT_SPLITS,
+    OPTIONS,
+    Arrival,
+    Branch,
+    Denominators,
+    load_stack,
+    own_output,
+    settle,
+    store_gates,
+    store_merge,
+)
+
+Precision = Literal["ieee", "tf32"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A program's tile of the result (rows × columns), its step along K, and what the compiler is told."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+#        rows columns inner warps stages
+TABLE: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
+    ("half", "few", 1): [(64, 32, 128, 4, 3), (64, 32, 64, 4, 3), (32, 32, 128, 4, 3), (16, 64, 128, 4, 3)],
+    ("half", "few", 2): [(64, 32, 64, 4, 3), (64, 64, 64, 4, 3), (32, 32, 128, 4, 3), (16, 32, 128, 4, 3)],
+    ("half", "narrow", 1): [(128, 64, 64, 8, 3), (128, 64, 64, 4, 3), (256, 64, 64, 8, 3)],
+    ("half", "narrow", 2): [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (128, 32, 64, 4, 3)],
+    ("half", "big", 1): [(128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3), (128, 256, 64, 8, 3)],
+    ("half", "big", 2): [(128, 64, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3)],
+    ("tf32", "few", 1): [(64, 64, 32, 4, 3), (64, 32, 64, 4, 3), (32, 32, 64, 4, 3), (16, 64, 64, 4, 3)],
+    ("tf32", "few", 2): [(64, 32, 64, 4, 3), (64, 64, 32, 4, 3), (32, 32, 64, 4, 3), (16, 32, 64, 4, 3)],
+    ("tf32", "narrow", 1): [(64, 64, 32, 4, 3), (128, 64, 16, 8, 3)],
+    ("tf32", "narrow", 2): [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("tf32", "big", 1): [(128, 128, 32, 8, 3), (64, 128, 32, 4, 3), (128, 64, 16, 8, 3)],
+    ("tf32", "big", 2): [(128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("ieee", "few", 1): [(32, 32, 32, 4, 3), (32, 64, 32, 4, 3), (64, 64, 32, 8, 3)],
+    ("ieee", "few", 2): [(32, 32, 32, 4, 3), (16, 32, 32, 4, 3), (64, 64, 16, 8, 3)],
+    ("ieee", "narrow", 1): [(128, 64, 16, 8, 3), (64, 64, 32, 4, 3)],
+    ("ieee", "narrow", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 32, 16, 8, 3)],
+    ("ieee", "big", 1): [(128, 64, 16, 8, 3), (128, 128, 16, 8, 3), (64, 64, 32, 4, 3)],
+    ("ieee", "big", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3)],
+}
+FROM_HOPPER_ON = {("half", "big", 2): [(128, 128, 64, 8, 3)]}
+"""Tiles whose operands must stay in shared memory: before wgmma they went through registers, which then spill."""
+
+
+def candidates(
+    rows: int, columns: int, inner: int, stacks: int, dtype: torch.dtype, precision: Precision, capability: int = 80
+) -> list[Blocks]:  # fmt: skip
+    """What is worth trying for a rows × columns result, K = ``inner``; the first is the default.
+
+    ``stacks``: how many tiles of the result a program sums up at once: S forward, 1 backward. ``capability``: 10 · major
+    + minor of the device.
+    """
+    kind = "half" if dtype.itemsize == 2 else precision
+    few = triton.cdiv(rows, 128) * triton.cdiv(columns, 64) < 264  # not two tiles for each of an H100's 132 processors
+    key = kind, "few" if few else "narrow" if columns <= 64 else "big", stacks
+    widest, deepest = (max(16, triton.next_power_of_2(size)) for size in (columns, inner))
+    fitting = []
+    for high, wide, deep, warps, stages in TABLE[key] + (FROM_HOPPER_ON.get(key, []) if capability >= 90 else []):
+        step = min(deep, deepest)
+        fitting.append(Blocks(high, min(wide, widest), step, warps, min(stages, 1 + triton.cdiv(inner, step))))
+    return list(dict.fromkeys(fitting))
+
+
+# Device functions -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_of(C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's rows [BM, 1] int64 and its first column; programs of the same rows run one after another."""
+    program = tl.program_id(0)
+    across = tl.cdiv(C, COLUMNS)
+    rows = ((program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    return rows, program % across * COLUMNS
+
+
+@triton.jit
+def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of a tile [BM, BN] that an epilogue does next: its ``part``-th of PARTS, 2 at least.
+
+    A part at a time needs fewer registers. And what comes out of a split is in no layout of a tensor core: the compiler
+    changes it once to the one of loads and stores, instead of every load and store to the one of the product, each
+    through shared memory and waiting for the one before.
+    """
+    left, right = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+    if PARTS == 2:
+        return right if part else left
+    else:
+        return part_of(right if part >= PARTS // 2 else left, part % (PARTS // 2), PARTS // 2, ROWS, COLUMNS // 2)
+
+
+@triton.jit
+def strided(rows, height, width, out_height, out_width, STRIDE: tl.constexpr):
+    """The rows of an N · height · width input that the rows of an N · out_height · out_width result read."""
+    if STRIDE == 1:
+        return rows
+    else:
+        image = rows // (out_height * out_width)
+        y = rows // out_width % out_height * STRIDE
+        x = rows % out_width * STRIDE
+        return (image * height + y) * width + x
+
+
+@triton.jit
+def product(
+    first, second, x_ptr, weight_ptr, rows, columns, C, K,
+    INNER: tl.constexpr, EVEN_K: tl.constexpr, STACKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``first + x @ weight[:C]ᵀ`` and, with two stacks, ``second + x @ weight[C:]ᵀ``.
+
+    first, second [BM, BN] float32; ``rows`` [BM, 1] int64 of x and ``columns`` [1, BN], all of which must exist.
+    """
+    inner = tl.arange(0, INNER)
+    x_pointers = x_ptr + rows * K + inner[None, :]  # [BM, BK]
+    first_pointers = weight_ptr + columns * K + inner[:, None]  # [BK, BN]
+    second_pointers = first_pointers + C * K
+    for start in range(0, K, INNER):
+        if EVEN_K:
+            x = tl.load(x_pointers)
+            first_weight = tl.load(first_pointers)
+        else:
+            x = tl.load(x_pointers, mask=inner[None, :] < K - start, other=0.0)
+            first_weight = tl.load(first_pointers, mask=inner[:, None] < K - start, other=0.0)
+        first = tl.dot(x, first_weight, first, input_precision=PRECISION)
+        if STACKS == 2:
+            if EVEN_K:
+                second_weight = tl.load(second_pointers)
+            else:
+                second_weight = tl.load(second_pointers, mask=inner[:, None] < K - start, other=0.0)
+            second = tl.dot(x, second_weight, second, input_precision=PRECISION)
+            second_pointers += INNER
+        x_pointers += INNER
+        first_pointers += INNER
+    return first, second
+
+
+@triton.jit
+def stacked_product(
+    x_ptr, weight_ptr, rows, first_column, row_count, height, width, out_height, out_width, C, K,
+    STRIDE: tl.constexpr, STACKS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """A tile of the forward convolution without its bias: first and second (zero where S is 1), [BM, BN] float32."""
+    first = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = first
+    rows = strided(tl.minimum(rows, row_count - 1), height, width, out_height, out_width, STRIDE)
+    columns = tl.minimum(first_column + tl.arange(0, COLUMNS), C - 1)[None, :]
+    return product(first, second, x_ptr, weight_ptr, rows, columns, C, K, INNER, EVEN_K, STACKS, PRECISION)
+
+
+@triton.jit
+def add_bias(first, second, bias_ptr, columns, C, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """first and second (the same where S is 1), each plus its bias."""
+    if HAS_BIAS:
+        first += tl.load(bias_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    if STACKS == 1:
+        return first, first
+    else:
+        if HAS_BIAS:
+            second += tl.load(bias_ptr + C + columns, mask=columns < C, other=0.0).to(tl.float32)
+        return first, second
+
+
+# Forward --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gated_kernel(
+    x_ptr, weight_ptr, bias_ptr, value_ptr, gate_ptr,
+    row_count, height, width, out_height, out_width, C, K, epsilon, high, low,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, OVER_VALUE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    rows, first_column = tile_of(C, ROWS, COLUMNS)
+    whole_first, whole_second = stacked_product(
+        x_ptr, weight_ptr, rows, first_column, row_count, height, width, out_height, out_width, C, K,
+        STRIDE, STACKS, EVEN_K, PRECISION, ROWS, COLUMNS, INNER,
+    )  # fmt: skip
+    for part in tl.static_range(PARTS):
+        columns = (first_column + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS))[None, :]
+        inside = (rows < row_count) & (columns < C)
+        first, second = add_bias(
+            part_of(whole_first, part, PARTS, ROWS, COLUMNS), part_of(whole_second, part, PARTS, ROWS, COLUMNS),
+            bias_ptr, columns, C, STACKS, HAS_BIAS,
+        )  # fmt: skip
+        value = own_output(first, second, KIND)
+        if RELU:
+            value = tl.maximum(value, 0.0)
+        tl.store(value_ptr + rows * C + columns, value, mask=inside)
+        numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
+        store_gates(
+            gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, 0.0, high, low,
+            KIND, STABILIZER, MASKED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merged_kernel(
+    x_ptr, weight_ptr, bias_ptr, branch_ptr, branch_bias_ptr, merged_ptr, gate_ptr, other_ptr,
+    row_count, height, width, out_height, out_width, C, K, epsilon, high, low,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STRIDE: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr, IS_RESIDUAL: tl.constexpr,
+    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    rows, first_column = tile_of(C, ROWS, COLUMNS)
+    whole_first, whole_second = stacked_product(
+        x_ptr, weight_ptr, rows, first_column, row_count, height, width, out_height, out_width, C, K,
+        STRIDE, STACKS, EVEN_K, PRECISION, ROWS, COLUMNS, INNER,
+    )  # fmt: skip
+    for part in tl.static_range(PARTS):
+        columns = (first_column + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS))[None, :]
+        column_inside = columns < C
+        inside = (rows < row_count) & column_inside
+        first, second = add_bias(
+            part_of(whole_first, part, PARTS, ROWS, COLUMNS), part_of(whole_second, part, PARTS, ROWS, COLUMNS),
+            bias_ptr, columns, C, STACKS, HAS_BIAS,
+        )  # fmt: skip
+        other_first, other_second = load_stack(
+            branch_ptr, branch_bias_ptr, rows, columns, inside, column_inside, C,
+            STACKS if OTHER_LINEAR else 1, OTHER_BIAS,
+        )  # fmt: skip
+        store_merge(
+            first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
+            epsilon, 0.0, 0.0, high, low, KIND, STABILIZER, MASKED, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
+        )  # fmt: skip
+
+
+def gated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, denominators: Denominators, *, stride: int = 1,
+    relu: bool, over_value: bool, precision: Precision = "ieee", blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Value (N, Ho, Wo, C) and gates (N, Ho, Wo, G · C) from x (N, H, W, K) and weight (S · C, K), contiguous.
+
+    ``over_value``: the gate's numerator is the value, else one. Ho = ⌈H/stride⌉. ValueError for a zero-guard.
+    """
+    blocks, shape, arguments = _forward(x, weight, denominators, stride, precision, blocks)
+    value = x.new_empty(*shape)
+    gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)
+    _gated_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
+        x, weight, x if bias is None else bias, value, gates, **arguments,
+        HAS_BIAS=bias is not None, RELU=relu, OVER_VALUE=over_value,
+        num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
+    )  # fmt: skip
+    return value, gates
+
+
+def merged(
+    x: Tensor, weight: Tensor, bias: Tensor | None, other: Branch, denominators: Denominators, split: str, *,
+    stride: int = 1, relu: bool, is_residual: bool, precision: Precision = "ieee", blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
+
+    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant.
+    """
+    blocks, shape, arguments = _forward(x, weight, denominators, stride, precision, blocks)
+    result = x.new_empty(*shape)
+    gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)
+    other_end = None
+    if other.linear:
+        other_end = gates.new_empty(gates.shape)
+    elif split not in CONSTANT_SPLITS:
+        other_end = result.new_empty(result.shape)
+    _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
+        x, weight, x if bias is None else bias, other.tensor, x if other.bias is None else other.bias,
+        result, gates, gates if other_end is None else other_end, **arguments,
+        HAS_BIAS=bias is not None, RELU=relu, SPLIT=split, IS_RESIDUAL=is_residual,
+        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None,
+        num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
+    )  # fmt: skip
+    return result, gates, other_end
+
+
+def _forward(
+    x: Tensor, weight: Tensor, denominators: Denominators, stride: int, precision: Precision, blocks: Blocks | None
+) -> tuple[Blocks, tuple[int, int, int, int], dict[str, Any]]:
+    """The blocks, the result's shape (N, Ho, Wo, C) and the arguments that both forward kernels take."""
+    if denominators.stabilizer == "guard":
+        raise ValueError(
+            "got a zero-guard, which needs the largest denominator of an image before its gates, and expected a "
+            "stabilizer an epilogue can apply: 'signed', 'plain' or 'vanishing'"
+        )
+    images, height, width, inner = x.shape
+    columns = weight.shape[0] // denominators.stacks
+    shape = (images, (height - 1) // stride + 1, (width - 1) // stride + 1, columns)
+    rows = images * shape[1] * shape[2]
+    if blocks is None:
+        blocks = candidates(rows, columns, inner, denominators.stacks, x.dtype, precision)[0]
+    sizes = {"row_count": rows, "height": height, "width": width, "out_height": shape[1], "out_width": shape[2]}
+    return blocks, shape, {
+        **sizes, "C": columns, "K": inner, "STRIDE": stride, "STACKS": denominators.stacks, **denominators.arguments(),
+        **_tile(blocks, precision), "EVEN_K": inner % blocks.inner == 0,
+    }  # fmt: skip
+
+
+def _tile(blocks: Blocks, precision: Precision) -> dict[str, Any]:
+    parts = max(2, blocks.columns // 32)
+    return {
+        "PRECISION": precision,
+        "ROWS": blocks.rows,
+        "COLUMNS": blocks.columns,
+        "INNER": blocks.inner,
+        "PARTS": parts,
+    }
+
+
+def _grid(blocks: Blocks, rows: int, columns: int) -> tuple[int]:
+    return (triton.cdiv(rows, blocks.rows) * triton.cdiv(columns, blocks.columns),)
+
+
+# Backward -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _backward_kernel(
+    s_ptr, weight_ptr, other_s_ptr, other_weight_ptr, row_count, C, K, OTHER_K,
+    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+    scale_a, scale_b, gate_rows, height, width,
+    HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
+    HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
+    GATE_A: tl.constexpr, GROUPS_A: tl.constexpr, PART_A: tl.constexpr,
+    END_B: tl.constexpr, GATE_B: tl.constexpr, GROUPS_B: tl.constexpr, PART_B: tl.constexpr,
+    HAS_OTHER: tl.constexpr, EVEN_K: tl.constexpr, OTHER_EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    rows, first_column = tile_of(C, ROWS, COLUMNS)
+    row = tl.minimum(rows, row_count - 1)
+    column = tl.minimum(first_column + tl.arange(0, COLUMNS), C - 1)[None, :]
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    acc, _ = product(acc, acc, s_ptr, weight_ptr, row, column, C, K, INNER, EVEN_K, 1, PRECISION)
+    if HAS_OTHER:
+        acc, _ = product(
+            acc, acc, other_s_ptr, other_weight_ptr, row, column, C, OTHER_K, INNER, OTHER_EVEN_K, 1, PRECISION
+        )
+    for part in tl.static_range(PARTS):
+        columns = (first_column + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS))[None, :]
+        settle(
+            part_of(acc, part, PARTS, ROWS, COLUMNS), rows, columns, (rows < row_count) & (columns < C), C,
+            value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+            scale_a, scale_b, gate_rows, height, width,
+            HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
+            GATE_A, GROUPS_A, PART_A, END_B, GATE_B, GROUPS_B, PART_B,
+        )  # fmt: skip
+
+
+def backward(
+    s: Tensor, weight: Tensor, arrival: Arrival, *, second: tuple[Tensor, Tensor] | None = None,
+    precision: Precision = "ieee", blocks: Blocks | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What leaves at each end of ``arrival``, (M · N, H, W, groups · C), from s (M · N, H, W, K), M maps of each image.
+
+    ``weight`` (C, K): the forward weight transposed. ``second``: another message of the same rows and its weight,
+    (M · N, H, W, K₂) and (C, K₂), such as a projection's. Everything contiguous.
+    """
+    maps, height, width, inner = s.shape
+    rows, columns = maps * height * width, weight.shape[0]
+    other_s, other_weight = (s, weight) if second is None else second
+    other_inner = other_s.shape[-1]
+    if blocks is None:
+        blocks = candidates(rows, columns, max(inner, other_inner), 1, s.dtype, precision)[0]
+    arrival = arrival.prepared(s, (maps, height, width, columns))
+    _backward_kernel[_grid(blocks, rows, columns)](
+        s, weight, other_s, other_weight, rows, columns, inner, other_inner,
+        **arrival.arguments(rows, height, width), **_tile(blocks, precision), HAS_OTHER=second is not None,
+        EVEN_K=inner % blocks.inner == 0, OTHER_EVEN_K=other_inner % blocks.inner == 0,
+        num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
+    )  # fmt: skip
+    return arrival.outputs

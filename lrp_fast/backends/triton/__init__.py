@@ -1,0 +1,7 @@
+"""The triton backend: fused kernels for what they serve, with a reason for what they do not (DESIGN §4)."""
+
+from lrp_fast.backends.triton.binding import check_device, serve
+from lrp_fast.backends.triton.choice import Choices
+from lrp_fast.backends.triton.tune import tune
+
+__all__ = ["Choices", "check_device", "serve", "tune"]

@@ -1,0 +1,249 @@
+"""Who is served: for each unit its passes, or the reason why the torch backend runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+
+from lrp_fast.backends.passes import Passes
+from lrp_fast.backends.torch import (
+    AverageMap,
+    BlockMap,
+    LinearOperation,
+    MergeOperation,
+    ProportionalPool,
+    Term,
+    WinnerPool,
+)
+from lrp_fast.backends.triton.choice import Choice, Choices, Task
+from lrp_fast.backends.triton.passes import (
+    FusedLinear,
+    FusedMerge,
+    FusedPool,
+    FusedWinnerPool,
+    SettledLinear,
+    StemLinear,
+    is_pointwise,
+    stabilizer_form,
+)
+from lrp_fast.kernels.common import SPLITS, Denominators, interpreted
+from lrp_fast.layers import AveragePool, Convolution, MaxPool, Shape
+from lrp_fast.plan import Unit
+from lrp_fast.rules import ZeroGuard
+from lrp_fast.splits import get_split
+
+Served = Passes | str
+"""A unit's passes, or why there are none."""
+
+Direction = Literal["forward", "backward"]
+Kind = Literal["own", "stacked", "signs"]
+Recipe = tuple[tuple[float, Term], ...]
+LIBRARY = Choice("library")
+
+
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` where no kernel can run, saying what would help."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"the triton backend computes in float32 or bfloat16, got {dtype}; use backend='torch'")
+    if interpreted():
+        if device.type != "cpu":
+            raise ValueError(f"TRITON_INTERPRET=1 runs kernels on the CPU only, got {device}; unset it")
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"the triton backend needs a CUDA device, got {device}; use backend='torch' "
+            "(or set TRITON_INTERPRET=1 before Python starts, to run the kernels slowly on the CPU)"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise ValueError(
+            f"the triton backend needs compute capability 8.0 or newer, got {capability}; use backend='torch'"
+        )
+
+
+def serve(
+    units: Sequence[Unit], operations: Sequence[object], shapes: Sequence[Shape], dtype: torch.dtype, precision: str,
+    choices: Choices,
+) -> list[Served]:  # fmt: skip
+    """For each unit its passes or a reason. ``operations``, ``shapes``: of every step; ``precision``: "ieee" or "tf32"."""
+    served: list[Served] = []
+    for unit in units:
+        operation = operations[unit.step]
+        inputs = [shapes[units[place].output] for place in unit.inputs]
+        shape = shapes[unit.output][1:]
+        if isinstance(operation, LinearOperation):
+            served.append(_serve_linear(unit, operation, inputs[0], shape, precision, choices))
+        elif isinstance(operation, MergeOperation):
+            found = _serve_merge(unit, operation, units, served, shape)
+            if isinstance(found, str):
+                for place in unit.inputs:
+                    if units[place].numerator == "weight":
+                        served[place] = f"its merge runs in torch: {found}"
+            served.append(found)
+        elif isinstance(operation, ProportionalPool):
+            served.append(_serve_pool(operation, inputs[0][1:], shape))
+        elif isinstance(operation, WinnerPool):
+            served.append(_serve_winner(operation, dtype, inputs[0][1:], shape))
+        else:
+            served.append("it only moves elements")
+    return served
+
+
+# Linear layers ----------------------------------------------------------------------------------------------------------
+
+
+def _serve_linear(
+    unit: Unit, operation: LinearOperation, x_shape: Shape, shape: Shape, precision: str, choices: Choices
+) -> Served:
+    layer = operation.layer
+    if not isinstance(layer, Convolution):
+        return "a linear layer is too small to gain"
+    if len(layer.stride) != 2:
+        return "not a two-dimensional convolution"
+    if operation.live is not None:
+        return "its zero-guard leaves out padding"
+    denominators = denominators_of(operation)
+    if isinstance(denominators, str) and unit.numerator == "weight":
+        return denominators
+    over_value = unit.numerator == "value"
+    if isinstance(denominators, str):
+        if len(operation.rule.groups) + (operation.guard is not None) > 2:
+            return denominators
+        fixed = operation.inputs == ["one"] and len(operation.rule.groups) == 1 and operation.guard is None
+        kind = StemLinear if fixed and layer.groups == 1 and not operation.masked else SettledLinear
+        return kind(operation, unit.relu, over_value, x_shape[1:], shape)
+    task = task_of(operation, denominators, x_shape, shape, precision)
+    choice = [choices.of(task(direction)) for direction in ("forward", "backward")]
+    if not has_wide_groups(layer, x_shape[1], shape[0]):
+        choice = [LIBRARY, LIBRARY]
+    return FusedLinear(operation, denominators, unit.relu, over_value, x_shape[1:], shape, precision, *choice)
+
+
+def task_of(
+    operation: LinearOperation, denominators: Denominators, x_shape: Shape, shape: Shape, precision: str
+) -> Callable[[Direction], Task]:
+    """The task of each direction of a layer."""
+    layer = operation.layer
+    assert isinstance(layer, Convolution)
+    weight = operation.own_weights[0]
+    size = (*weight.shape[2:], *layer.stride, *layer.padding, *layer.dilation)
+    kernel: Literal["pointwise", "spatial"] = "pointwise" if is_pointwise(layer, operation) else "spatial"
+    dtype = str(operation.dtype).removeprefix("torch.")
+
+    def task(direction: Direction) -> Task:
+        stacks = denominators.stacks if direction == "forward" else denominators.groups
+        return Task(
+            kernel,
+            direction,
+            x_shape[0],
+            tuple(x_shape[1:]),
+            tuple(shape),
+            size,
+            layer.groups,
+            stacks,
+            dtype,
+            precision,
+        )
+
+    return task
+
+
+def has_wide_groups(layer: Convolution, inputs: int, outputs: int) -> bool:
+    """Groups wide enough for a kernel's tile."""
+    return layer.groups == 1 or min(inputs, outputs) // layer.groups >= 16
+
+
+def denominators_of(operation: LinearOperation) -> Denominators | str:
+    """How a layer's stacked output becomes denominators, or why the kernels cannot form them."""
+    if set(operation.stacks) != {"x"} or operation.inputs != ["x"]:
+        parts = ", ".join(dict.fromkeys([*operation.stacks, *operation.inputs]))
+        return f"its rule looks at parts of the input ({parts})"
+    evaluated = [term for terms, _, _ in operation.stacks["x"] for term in terms]
+    if any(len(terms) != 1 or terms[0][1] != 1.0 for terms in operation.groups):
+        return "its rule sums several products"
+    if operation.masked and operation.output != operation.own:
+        return "its rule's mask looks at another output than its own"
+    recipes = [operation.recipes[term] for term in (operation.own, *(terms[0][0] for terms in operation.groups))]
+    guard = isinstance(operation.rule.stabilizer, ZeroGuard)
+    if guard and isinstance(operation.layer, Convolution) and operation.layer.groups > 1:
+        return "a zero-guard over groups of channels"
+    kind, high, low = _kind(recipes, evaluated)
+    if kind is None:
+        return f"its rule takes {len(evaluated)} stacked weights in a way no kernel does"
+    stabilizer = operation.rule.stabilizer
+    epsilon = 0.0 if isinstance(stabilizer, ZeroGuard) else stabilizer.epsilon
+    return Denominators(kind, epsilon, stabilizer_form(operation), high, low, operation.masked)
+
+
+def _kind(recipes: Sequence[Recipe], evaluated: Sequence[Term]) -> tuple[Kind | None, float, float]:
+    """Own output and groups as one of the kinds of :class:`Denominators`, with its high and low."""
+    if len(evaluated) == 1 and len(recipes) == 2:
+        return "own", 1.0, 0.0
+    first, second = evaluated[0], evaluated[-1]
+    if len(evaluated) == 2 and recipes == [((1.0, first),), ((1.0, second),)]:
+        return "stacked", 1.0, 0.0
+    if len(evaluated) == 2 and len(recipes) == 3 and recipes[0] == ((1.0, first), (1.0, second)):
+        (high, low), (below, above) = ([factor for factor, _ in recipe] for recipe in recipes[1:])
+        if (high, low) == (above, below):
+            return "signs", high, low
+    return None, 0.0, 0.0
+
+
+# Merges and pools -------------------------------------------------------------------------------------------------------
+
+
+def _serve_merge(
+    unit: Unit, operation: MergeOperation, units: Sequence[Unit], served: Sequence[Served], shape: Shape
+) -> Served:
+    if operation.split.name not in SPLITS or get_split(operation.split.name) is not operation.split:
+        return f"no kernel knows the split {operation.split.name!r}"
+    if any(zeros is not None for zeros in operation.zeros):
+        return "a branch is constant in places"
+    if unit.inputs[0] == unit.inputs[1]:
+        return "both branches are the same"
+    branches = []
+    for place in unit.inputs:
+        passes = served[place]
+        linear = units[place].numerator == "weight"
+        if linear and not isinstance(passes, FusedLinear):
+            return f"a branch ends in a layer without a kernel ({passes})"
+        branches.append(passes if linear and isinstance(passes, FusedLinear) else None)
+    linears = [branch for branch in branches if branch is not None]
+    if operation.split.name == "signed" and any(branch.guard is not None for branch in linears):
+        return "a zero-guard under a split whose weights may be negative"
+    if not linears:
+        return "no branch ends in a linear layer read by the merge alone"
+    if len({branch.denominators for branch in linears}) > 1:
+        return "its branches end in different rules"
+    if any(branch.layer.groups > 1 and branch.denominators.stacks > 1 for branch in linears):
+        return "a branch ends in a grouped convolution"
+    return FusedMerge(operation, unit.relu, branches, shape)
+
+
+def _serve_pool(operation: ProportionalPool, x_shape: Shape, shape: Shape) -> Served:
+    layer, relevance_map = operation.layer, operation.map
+    if operation.clamps:
+        return "a pool over inputs of both signs"
+    if operation.live is not None:
+        return "its zero-guard leaves out padding"
+    if len(x_shape) != 3:
+        return "not a two-dimensional pool"
+    if isinstance(layer, MaxPool) and isinstance(relevance_map, BlockMap):
+        if relevance_map.windows is not None:
+            return "a block of its is empty"
+        return FusedPool(operation, layer.stride, x_shape, shape)
+    if isinstance(layer, AveragePool) and layer.kernel == layer.stride and not any(layer.padding):
+        fits = layer.divisor is None
+        return FusedPool(operation, layer.stride, x_shape, shape) if fits else "a pool with a divisor of its own"
+    if isinstance(relevance_map, AverageMap) and all(tile is not None for tile in relevance_map.tiles):
+        return FusedPool(operation, tuple(tile or 1 for tile in relevance_map.tiles), x_shape, shape)
+    return "a pool whose windows do not tile its input"
+
+
+def _serve_winner(operation: WinnerPool, dtype: torch.dtype, x_shape: Shape, shape: Shape) -> Served:
+    layer = operation.layer
+    if not isinstance(layer, MaxPool) or len(layer.kernel) != 2 or layer.kernel[0] * layer.kernel[1] > 255:
+        return "not a two-dimensional max-pool with windows of up to 255 elements"
+    return FusedWinnerPool(operation, dtype, x_shape, shape)

@@ -1,0 +1,333 @@
+"""The kernels as custom ops ``lrp_fast::…``, which ``torch.compile`` and CUDA graphs take as they are.
+
+Every op has one schema: tensors in, a configuration in, tensors out. The configuration is text, so that a compiled graph
+that is kept on disk means the same in another process. Tensors are NHWC.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrp_fast.kernels import gate, heatmap, merge, pointwise_conv, pool, spatial_conv
+from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, Branch, Denominators, End
+from lrp_fast.kernels.pointwise_conv import Blocks
+
+Tensors = Sequence[Any]
+"""Tensors, and None where an optional one is missing."""
+Values = dict[str, Any]
+ARRIVAL = "arrival"
+"""Under this name a launch finds the text of its arrival."""
+
+
+def configuration(**values: object) -> str:
+    """What a launch needs beside tensors, as text: dataclasses, numbers, texts and tuples of them."""
+    return json.dumps(
+        {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in values.items()
+        }
+    )
+
+
+@lru_cache(maxsize=4096)
+def _decoded(text: str) -> Values:
+    values: Values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+    }
+    for name, kind in (("denominators", Denominators), ("blocks", Blocks)):
+        if values.get(name) is not None:
+            values[name] = kind(**values[name])
+    return values
+
+
+def _values(configured: str, arrival: str) -> Values:
+    values = dict(_decoded(configured))
+    return values | {ARRIVAL: arrival} if arrival else values
+
+
+class Operator:
+    """A launcher as a custom op; ``like`` gives outputs of the right shape and dtype without computing them."""
+
+    def __init__(self, name: str, run: Callable[..., Sequence[Tensor]], like: Callable[..., Sequence[Tensor]]) -> None:
+        self.name = name
+
+        def launch(tensors: Tensors, configuration: str, arrival: str) -> list[Tensor]:
+            return list(run(tensors, _values(configuration, arrival)))
+
+        def fake(tensors: Tensors, configuration: str, arrival: str) -> list[Tensor]:
+            return list(like(tensors, _values(configuration, arrival)))
+
+        schema = "(Tensor?[] tensors, str configuration, str arrival) -> Tensor[]"
+        self._op = torch.library.custom_op(f"lrp_fast::{name}", launch, mutates_args=(), schema=schema)
+        self._op.register_fake(fake)
+
+    def __call__(self, tensors: Tensors, configuration: str, arrival: str) -> list[Tensor]:
+        return self._op(list(tensors), configuration, arrival)
+
+
+# Where relevance goes on to ---------------------------------------------------------------------------------------------
+
+
+def arrival_tensors(arrival: Arrival) -> list[Tensor | None]:
+    """An arrival's tensors in the order every op takes them."""
+    gates = [end.gate for end in arrival.ends]
+    return [arrival.value, arrival.previous, arrival.dense, arrival.even, *[*gates, None][:2]]
+
+
+def arrival_text(arrival: Arrival) -> str:
+    """The rest of an arrival; written without a library, so that torch.compile can follow."""
+    ends = ";".join([f"{end.groups},{end.scale},{end.part}" for end in arrival.ends])
+    return f"{arrival.previous_stride};{ends}"
+
+
+def _ends(text: str) -> list[tuple[int, float, str]]:
+    fields = [end.split(",") for end in text.split(";")[1:]]
+    return [(int(groups), float(scale), part) for groups, scale, part in fields]
+
+
+def _arrival(tensors: Tensors, text: str) -> Arrival:
+    value, previous, dense, even, *gates = tensors
+    ends = tuple(
+        End(gate, groups, scale, part)  # type: ignore[arg-type]
+        for gate, (groups, scale, part) in zip(gates, _ends(text), strict=False)
+    )
+    return Arrival(ends, value, previous, int(text.split(";")[0]), dense, even)
+
+
+def _ends_like(like: Tensor, shape: Sequence[int], text: str) -> list[Tensor]:
+    return [like.new_empty(*shape[:-1], groups * shape[-1]) for groups, _, _ in _ends(text)]
+
+
+# Forward ----------------------------------------------------------------------------------------------------------------
+
+
+def _run_gate(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    stacked, bias, limit, fixed = tensors
+    return gate.gate(stacked, bias, limit=limit, fixed=fixed, **values)
+
+
+def _like_gate(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return _gated_like(tensors[0], tensors[0].shape[:-1], tensors[0].shape[-1], values)
+
+
+def _gated_like(like: Tensor, shape: Sequence[int], stacked: int, values: Values) -> list[Tensor]:
+    denominators: Denominators = values["denominators"]
+    channels = stacked // denominators.stacks
+    return [like.new_empty(*shape, channels), like.new_empty(*shape, channels * denominators.groups)]
+
+
+def _run_image_maximum(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [gate.image_maximum(tensors[0], tensors[1], values["denominators"])]
+
+
+def _like_image_maximum(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [tensors[0].new_empty(tensors[0].shape[0], dtype=torch.float32)]
+
+
+def _merged_like(like: Tensor, other: Tensor, shape: Sequence[int], stacked: int, values: Values) -> list[Tensor]:
+    merged, gates = _gated_like(like, shape, stacked, values)
+    if values["other_linear"]:
+        return [merged, gates, torch.empty_like(gates)]
+    return [merged, gates] if values["split"] in CONSTANT_SPLITS else [merged, gates, torch.empty_like(merged)]
+
+
+def _given(results: Sequence[Tensor | None]) -> list[Tensor]:
+    return [result for result in results if result is not None]
+
+
+def _run_merge(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    tensor, bias, limit, other, other_bias, other_limit = tensors
+    second = Branch(other, values.pop("other_linear"), other_bias, other_limit)
+    return _given(merge.merge(Branch(tensor, True, bias, limit), second, **values))
+
+
+def _like_merge(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    tensor, other = tensors[0], tensors[3]
+    return _merged_like(tensor, other, tensor.shape[:-1], tensor.shape[-1], values)
+
+
+def _out_shape(x: Tensor, weight: Tensor, values: Values) -> tuple[int, ...]:
+    """N × height × width of a convolution's output."""
+    if weight.ndim == 2:
+        return (x.shape[0], *((n - 1) // values["stride"] + 1 for n in x.shape[1:3]))
+    geometry = zip(
+        x.shape[1:3], weight.shape[1:3], values["stride"], values["padding"], values["dilation"], strict=True
+    )
+    return (x.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry))
+
+
+def _convolution(module: Any) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]:
+    """The ops of a convolution file: gated, merged."""
+
+    def run_gated(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+        x, weight, bias = tensors
+        return module.gated(x, weight, bias, **values)
+
+    def like_gated(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+        x, weight, _ = tensors
+        return _gated_like(x, _out_shape(x, weight, values), weight.shape[0], values)
+
+    def run_merged(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+        x, weight, bias, other, other_bias = tensors
+        branch = Branch(other, values.pop("other_linear"), other_bias)
+        return _given(module.merged(x, weight, bias, branch, **values))
+
+    def like_merged(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+        x, weight, _, other, _ = tensors
+        return _merged_like(x, other, _out_shape(x, weight, values), weight.shape[0], values)
+
+    return (run_gated, like_gated), (run_merged, like_merged)
+
+
+# Backward ---------------------------------------------------------------------------------------------------------------
+
+
+def _run_arrive(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return merge.arrive(tensors[0], _arrival(tensors[1:], values.pop(ARRIVAL)))
+
+
+def _like_arrive(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    like = tensors[0] if tensors[0] is not None else tensors[3]
+    return _ends_like(like, like.shape, values[ARRIVAL])
+
+
+def _run_pointwise_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    s, weight, second, second_weight, *rest = tensors
+    pair = None if second is None else (second, second_weight)
+    return pointwise_conv.backward(s, weight, _arrival(rest, values.pop(ARRIVAL)), second=pair, **values)
+
+
+def _like_pointwise_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    s, weight = tensors[:2]
+    return _ends_like(s, (*s.shape[:-1], weight.shape[0]), values[ARRIVAL])
+
+
+def _run_spatial_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    s, weight, *rest = tensors
+    return spatial_conv.backward(s, weight, _arrival(rest, values.pop(ARRIVAL)), **values)
+
+
+def _like_spatial_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    s, weight = tensors[:2]
+    return _ends_like(s, (s.shape[0], values["height"], values["width"], weight.shape[0]), values[ARRIVAL])
+
+
+def _run_stem_heatmap(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [spatial_conv.stem_heatmap(*tensors, **values)]
+
+
+def _like_stem_heatmap(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [tensors[0].new_empty(tensors[0].shape[0], values["height"], values["width"], dtype=torch.float32)]
+
+
+# Pools ------------------------------------------------------------------------------------------------------------------
+
+
+def _run_max_pool(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return pool.max_pool_gated(tensors[0], **values)
+
+
+def _run_max_pool_average(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return pool.max_pool_average(tensors[0], **values)
+
+
+def _like_pool(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    x = tensors[0]
+    shape = (x.shape[0], *values["out_size"], x.shape[-1])
+    return [x.new_empty(shape), x.new_empty(shape)]
+
+
+def _like_max_pool_average(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    maxima, second = _like_pool(tensors, values)
+    return [maxima, second.float()]
+
+
+def _run_winner_pool(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return pool.winner_pool(tensors[0], **values)
+
+
+def _like_winner_pool(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    maxima, second = _like_pool(tensors, values)
+    return [maxima, second.new_empty(second.shape, dtype=torch.uint8)]
+
+
+def _run_winner_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    relevance, winner, *rest = tensors
+    return pool.winner_backward(relevance, winner, _arrival(rest, values.pop(ARRIVAL)), **values)
+
+
+def _run_block_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    s, *rest = tensors
+    return pool.block_backward(s, _arrival(rest, values.pop(ARRIVAL)), **values)
+
+
+def _like_pool_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    s = tensors[0]
+    return _ends_like(s, (s.shape[0], values["height"], values["width"], s.shape[-1]), values[ARRIVAL])
+
+
+def _run_spread(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [pool.spread(tensors[0], **values)]
+
+
+def _like_spread(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [tensors[0].new_empty(tensors[0].shape[0], values["height"], values["width"], dtype=torch.float32)]
+
+
+def _run_channel_sum(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [heatmap.channel_sum(tensors[0])]
+
+
+def _like_channel_sum(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [tensors[0].new_empty(tensors[0].shape[:-1], dtype=torch.float32)]
+
+
+def _run_quantize(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [heatmap.quantize(tensors[0], values["levels"])]
+
+
+def _like_quantize(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [torch.empty_like(tensors[0])]
+
+
+_pointwise_gated, _pointwise_merged = _convolution(pointwise_conv)
+_spatial_gated, _spatial_merged = _convolution(spatial_conv)
+
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        Operator("gate", _run_gate, _like_gate),
+        Operator("image_maximum", _run_image_maximum, _like_image_maximum),
+        Operator("merge", _run_merge, _like_merge),
+        Operator("pointwise_gated", *_pointwise_gated),
+        Operator("pointwise_merged", *_pointwise_merged),
+        Operator("spatial_gated", *_spatial_gated),
+        Operator("spatial_merged", *_spatial_merged),
+        Operator("arrive", _run_arrive, _like_arrive),
+        Operator("pointwise_backward", _run_pointwise_backward, _like_pointwise_backward),
+        Operator("spatial_backward", _run_spatial_backward, _like_spatial_backward),
+        Operator("stem_heatmap", _run_stem_heatmap, _like_stem_heatmap),
+        Operator("max_pool", _run_max_pool, _like_pool),
+        Operator("max_pool_average", _run_max_pool_average, _like_max_pool_average),
+        Operator("winner_pool", _run_winner_pool, _like_winner_pool),
+        Operator("winner_backward", _run_winner_backward, _like_pool_backward),
+        Operator("block_backward", _run_block_backward, _like_pool_backward),
+        Operator("spread", _run_spread, _like_spread),
+        Operator("channel_sum", _run_channel_sum, _like_channel_sum),
+        Operator("quantize", _run_quantize, _like_quantize),
+    )
+}
+
+
+def launch(name: str, tensors: Tensors, configured: str = "{}", arrival: Arrival | None = None) -> list[Tensor]:
+    """Run one of :data:`OPERATORS`; with an arrival, what is settled in it."""
+    if arrival is None:
+        return OPERATORS[name](tensors, configured, "")
+    return OPERATORS[name]([*tensors, *arrival_tensors(arrival)], configured, arrival_text(arrival))

@@ -1,0 +1,500 @@
+"""Units as fused kernels: forward with gates, and relevance settled in the kernel that computes its last message."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lrp_fast.backends.passes import Arrived, Passes
+from lrp_fast.backends.torch import (
+    Gates,
+    LinearOperation,
+    MergeOperation,
+    ProportionalPool,
+    WinnerPool,
+    transposed_convolution,
+)
+from lrp_fast.backends.triton.choice import Choice
+from lrp_fast.backends.triton.launch import configuration, launch
+from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, Denominators, End, pack, unpack
+from lrp_fast.kernels.spatial_conv import pack_backward
+from lrp_fast.layers import Convolution, MaxPool, Shape
+from lrp_fast.rules import Stabilizer, ZeroGuard
+
+Ends = tuple[End, ...]
+
+
+def arrive(acc: Tensor | None, arrival: Arrival) -> list[Tensor]:
+    """Settle what has arrived in a pass of its own (NHWC)."""
+    return launch("arrive", [acc], arrival=arrival)
+
+
+def gate_ends(gates: Tensor, denominators: Denominators) -> Ends:
+    """Through the gates of a linear layer; under a zero-guard what is alive and what is dead part."""
+    if denominators.stabilizer == "guard":
+        return End(gates, part="alive"), End(gates, part="dead")
+    return (End(gates, denominators.groups),)
+
+
+class TritonPasses(Passes):
+    """Passes whose relevance is settled by a kernel. ``shape``: of the unit's output, without batch.
+
+    ``over_value``: the unit's own output is in its gates already, and relevance arrives without it. What leaves is NHWC.
+    """
+
+    settles = True
+    over_value = False
+    adds = False
+    shape: Shape
+
+    @abstractmethod
+    def ends(self, saved: object) -> Ends:
+        """Where relevance that arrives goes on to."""
+
+    def left(self, outputs: list[Tensor], saved: object) -> Sequence[Any]:
+        """What leaves, from one output for each of :meth:`ends`."""
+        return outputs
+
+    def arrival(self, arrived: Arrived, value: Tensor | None, ends: Ends) -> Arrival:
+        """For the kernel that computes the last message to this unit: what arrived before, and where all goes on to."""
+        previous, stride = arrived.strided or (arrived.acc, 1)
+        if [arrived.acc, arrived.product, arrived.strided].count(None) < 2 or arrived.product is not None:
+            previous, stride = arrived.factored(self.shape), 1
+        return Arrival(
+            ends,
+            None if self.over_value or value is None else pack(value),
+            None if previous is None else pack(previous),
+            stride,
+            None if arrived.dense is None else pack(arrived.dense.expand(-1, *self.shape)),
+            arrived.even,
+        )
+
+    def settle(self, arrived: Arrived, value: Tensor | None, saved: object) -> Sequence[Any]:
+        return self.left(self.settled(arrived, value, self.ends(saved)), saved)
+
+    def settled(self, arrived: Arrived, value: Tensor | None, ends: Ends) -> list[Tensor]:
+        """One output for each end, by a pass of its own."""
+        if arrived.product is not None or (arrived.acc is None and arrived.dense is None):
+            arrived = Arrived(arrived.factored(self.shape), dense=arrived.added(self.shape))
+        acc = None if arrived.acc is None else pack(arrived.acc)
+        return arrive(acc, self.arrival(replace(arrived, acc=None), value, ends))
+
+    def send_into(
+        self, leaving: Sequence[Any], receiver: Passes, arrived: Arrived, value: Tensor | None, saved: object
+    ) -> Sequence[Any]:
+        assert isinstance(receiver, TritonPasses)
+        product = arrived.product if self.adds else None
+        before = arrived if product is None else replace(arrived, product=None)
+        arrival = receiver.arrival(before, value, receiver.ends(saved))
+        outputs = self.send_settled(leaving, arrival) if product is None else self.send_added(leaving, product, arrival)
+        if outputs is not None:
+            return receiver.left(outputs, saved)
+        arrived.add(self.send(leaving, None, False), receiver.shape)
+        return receiver.settle(arrived, value, saved)
+
+    @abstractmethod
+    def send_settled(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor] | None:
+        """Send and settle, one output for each end; None where that does not go in one piece."""
+
+    def send_added(
+        self, leaving: Sequence[Any], product: tuple[Tensor, Tensor], arrival: Arrival
+    ) -> list[Tensor] | None:
+        """:meth:`send_settled` with a product added to what is sent, where the passes can (``adds``)."""
+        raise NotImplementedError
+
+
+# Linear layers ----------------------------------------------------------------------------------------------------------
+
+
+class SettledLinear(TritonPasses):
+    """A linear layer that the torch backend runs; its relevance is settled by a kernel."""
+
+    def __init__(self, operation: LinearOperation, relu: bool, over_value: bool, x_shape: Shape, shape: Shape) -> None:
+        self.operation, self.relu, self.over_value = operation, relu, over_value
+        self.x_shape, self.shape = x_shape, shape
+        self.service = "torch, gates by triton"
+
+    def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
+        value, z, output = self.operation.forward(sources[0])
+        value = value.relu() if self.relu else value
+        gates = self.operation.gates(z, output, value if self.over_value else 1.0)
+        # A kernel counts the rows of value and gates alike, also where z is the same for every image.
+        groups = tuple(gate.expand(value.shape[0], *gate.shape[1:]) for gate in gates.groups)
+        return value, Gates(groups, None if gates.dead is None else gates.dead.expand_as(groups[0]))
+
+    def ends(self, saved: object) -> Ends:
+        assert isinstance(saved, Gates)
+        gates = saved.groups if saved.dead is None else (*saved.groups, saved.dead)
+        return tuple(End(pack(gate)) for gate in gates)
+
+    def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
+        tensors = [unpack(s) for s in leaving]
+        groups = len(self.operation.groups)
+        dead = tensors[groups] if len(tensors) > groups else None
+        acc, dense = self.operation.send(tensors[:groups], dead, x, self.x_shape, heatmap)
+        return Arrived(acc=acc, dense=dense)
+
+    def send_settled(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor] | None:
+        return None
+
+
+class StemLinear(SettledLinear):
+    """A first layer whose denominators do not depend on the image: gates in one pass, and the map alone sent directly."""
+
+    def __init__(self, operation: LinearOperation, relu: bool, over_value: bool, x_shape: Shape, shape: Shape) -> None:
+        super().__init__(operation, relu, over_value, x_shape, shape)
+        layer, stabilizer = operation.layer, operation.rule.stabilizer
+        assert isinstance(layer, Convolution)
+        assert isinstance(stabilizer, Stabilizer)
+        ((_, self.weight, self.bias),) = operation.stacks["x"]
+        _, (z,), _ = operation.forward(self.weight.new_zeros(1, *x_shape))
+        self.fixed = pack(z)[0]  # H × W × C
+        denominators = Denominators("own", stabilizer.epsilon, stabilizer_form(operation))
+        self.gate = configuration(denominators=denominators, relu=relu, over_value=over_value)
+        self.service = "triton: library + gate / torch"
+        self.direct = operation.summed is not None and layer.dilation == (1, 1)
+        if operation.summed is not None and self.direct:
+            self.summed = operation.summed[:, 0].permute(1, 2, 0).contiguous()  # kh × kw × C
+            height, width = x_shape[1:]
+            self.heatmap = configuration(stride=layer.stride, padding=layer.padding, height=height, width=width)
+            self.service = "triton: library + gate / heatmap"
+
+    def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
+        stacked = pack(self.operation.layer.apply(sources[0].to(self.operation.dtype), self.weight))
+        value, gates = launch("gate", [stacked, self.bias, None, self.fixed], self.gate)
+        return unpack(value), Gates((unpack(gates),))
+
+    def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
+        if not (heatmap and self.direct):
+            return super().send(leaving, x, heatmap)
+        (even,) = launch("stem_heatmap", [leaving[0], self.summed], self.heatmap)
+        return Arrived(dense=even.unsqueeze(1))
+
+
+def stabilizer_form(operation: LinearOperation) -> Literal["signed", "plain", "vanishing", "guard"]:
+    """The stabilizer of a rule in the kernels' terms."""
+    stabilizer = operation.rule.stabilizer
+    if not isinstance(stabilizer, Stabilizer):
+        return "guard"
+    return "signed" if stabilizer.signed else "vanishing" if operation.may_vanish else "plain"
+
+
+class FusedLinear(TritonPasses):
+    """A convolution under a rule: stacked weights forward, with gates, and one transposed map backward.
+
+    For each direction a :class:`Choice`: a kernel with the pass in its epilogue, or the library's convolution with the
+    pass behind it.
+    """
+
+    def __init__(
+        self, operation: LinearOperation, denominators: Denominators, relu: bool, over_value: bool,
+        x_shape: Shape, shape: Shape, precision: str, onward: Choice, back: Choice,
+    ) -> None:  # fmt: skip
+        layer = operation.layer
+        assert isinstance(layer, Convolution)
+        self.operation, self.layer, self.denominators, self.guard = operation, layer, denominators, operation.guard
+        self.relu, self.over_value, self.x_shape, self.shape = relu, over_value, x_shape, shape
+        self.precision, self.onward, self.back = precision, onward, back
+        self.pointwise = is_pointwise(layer, operation)
+        self.kernel = "pointwise" if self.pointwise else "spatial"
+        self.adds = self.pointwise and back.way == "fused" and layer.stride[0] == 1 and self.guard is None
+        # A zero-guard looks at a whole image before its first gate.
+        self.fuses = onward.way == "fused" and self.guard is None
+        self._configure()
+        self._pack()
+        ways = (f"{self.kernel}_conv" if self.fuses else "library + gate", _way(self.kernel, back))
+        self.service = "triton: " + " / ".join(dict.fromkeys(ways))
+
+    def _configure(self) -> None:
+        layer = self.layer
+        self.geometry: dict[str, Any] = {"stride": layer.stride[0]}
+        if not self.pointwise:
+            geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+            self.geometry = geometry | {"groups": layer.groups}
+        own = {"denominators": self.denominators, "relu": self.relu, "over_value": self.over_value}
+        tile = {"precision": self.precision, "blocks": self.onward.blocks}
+        self.gated = configuration(**self.geometry, **own, **tile)
+        width = self.shape[0] // layer.groups if layer.groups > 1 and self.denominators.stacks > 1 else 0
+        self.gate = configuration(**own, group_width=width)
+        backward: dict[str, Any] = {"precision": self.precision, "blocks": self.back.blocks}
+        (channels, height, width) = self.x_shape
+        if not self.pointwise:
+            backward |= {**self.geometry, "height": height, "width": width}
+        self.backward = configuration(**backward)
+        self.maximum = configuration(denominators=self.denominators)
+        kernel = self.operation.own_weights[0].shape[2:]
+        window = {"kernel": tuple(kernel), "stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        self.spread = configuration(**window, height=height, width=width, channels=channels)
+
+    def _pack(self) -> None:
+        """Weights in the kernels' layouts, once."""
+        operation, layer, stacks = self.operation, self.layer, self.operation.stacks["x"]
+        self.bias = None
+        if any(bias is not None for _, _, bias in stacks):
+            self.bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for _, w, b in stacks])
+        weight = torch.cat([weight for _, weight, _ in stacks])  # S · C × Cin / groups × kh × kw
+        self.library_weight = weight
+        if layer.groups > 1 and self.denominators.stacks > 1:
+            # One convolution serves both stacks if the outputs of a group lie side by side.
+            beside = weight.unflatten(0, (self.denominators.stacks, layer.groups, -1)).transpose(0, 1)
+            self.library_weight = beside.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        self.transposed = torch.cat(operation.transposes["x"][1])  # G · C × Cin / groups × kh × kw
+        if self.pointwise:
+            self.weight = weight.flatten(1).contiguous()
+            self.packed = self.transposed.flatten(1).t().contiguous()  # Cin × G · C
+        else:
+            self.weight = pack(weight)
+            self.packed = pack_backward(pack(self.transposed), groups=layer.groups, gates=self.denominators.groups)
+
+    # Forward.
+
+    def raw(self, x: Tensor) -> Tensor:
+        """The library's convolution with stacked weights, without bias: N × H × W × S · C."""
+        layer = self.layer
+        geometry = (layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.stride), layer.groups)
+        return pack(torch.convolution(x.to(self.operation.dtype), self.library_weight, None, *geometry))
+
+    def limit(self, stacked: Tensor) -> Tensor | None:
+        """What counts as a zero denominator in each image, under a zero-guard: N."""
+        if self.guard is None:
+            return None
+        (maximum,) = launch("image_maximum", [stacked, self.bias], self.maximum)
+        return maximum * self.guard.threshold
+
+    def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
+        x = sources[0].to(self.operation.dtype)
+        if self.fuses:
+            value, gates = launch(f"{self.kernel}_gated", [pack(x), self.weight, self.bias], self.gated)
+        else:
+            stacked = self.raw(x)
+            value, gates = launch("gate", [stacked, self.bias, self.limit(stacked), None], self.gate)
+        return unpack(value), gates
+
+    # Backward.
+
+    def ends(self, saved: object) -> Ends:
+        assert isinstance(saved, Tensor)
+        return gate_ends(saved, self.denominators)
+
+    def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
+        s, *dead = leaving
+        even = launch("spread", [dead[0]], self.spread)[0] if dead else None
+        if self.back.way == "library":
+            return Arrived(acc=self._library(s), even=even)
+        if self.adds:
+            return Arrived(product=(s, self.packed), even=even)
+        (acc,) = self._launch(s, Arrival((End(),)))
+        if self.pointwise and self.layer.stride[0] > 1:
+            return Arrived(strided=(unpack(acc), self.layer.stride[0]), even=even)
+        return Arrived(acc=unpack(acc), even=even)
+
+    def send_settled(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor] | None:
+        s, *dead = leaving
+        if dead or (self.pointwise and self.back.way == "fused" and self.layer.stride[0] > 1):
+            return None
+        return arrive(pack(self._library(s)), arrival) if self.back.way == "library" else self._launch(s, arrival)
+
+    def send_added(
+        self, leaving: Sequence[Any], product: tuple[Tensor, Tensor], arrival: Arrival
+    ) -> list[Tensor] | None:
+        return None if len(leaving) > 1 else self._launch(leaving[0], arrival, product)
+
+    def _launch(self, s: Tensor, arrival: Arrival, product: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+        second = [*(product or (None, None))] if self.pointwise else []
+        return launch(f"{self.kernel}_backward", [s, self.packed, *second], self.backward, arrival)
+
+    def _library(self, s: Tensor) -> Tensor:
+        layer, groups = self.layer, self.denominators.groups
+        if layer.groups == 1 or groups == 1:
+            return transposed_convolution(unpack(s), self.transposed, layer, self.x_shape, layer.groups)
+        halves = zip(unpack(s).chunk(groups, 1), self.transposed.chunk(groups), strict=True)
+        first, second = (transposed_convolution(a, w, layer, self.x_shape, layer.groups) for a, w in halves)
+        return first + second
+
+
+def is_pointwise(layer: Convolution, operation: LinearOperation) -> bool:
+    """A 1×1 convolution without padding or groups: a matrix product."""
+    kernel = operation.own_weights[0].shape[2:]
+    square = len(set(layer.stride)) == 1
+    return tuple(kernel) == (1, 1) and layer.groups == 1 and not any(layer.padding) and square
+
+
+def _way(kernel: str, choice: Choice) -> str:
+    return f"{kernel}_conv" if choice.way == "fused" else "library + arrive"
+
+
+# Merges -----------------------------------------------------------------------------------------------------------------
+
+
+class FusedMerge(TritonPasses):
+    """``h = ReLU(F + S)`` in the epilogue of a branch's last layer; relevance goes on through both branches' gates.
+
+    ``branches``: each branch's last layer, where that is linear and the merge alone reads it.
+    """
+
+    def __init__(
+        self, operation: MergeOperation, relu: bool, branches: Sequence[FusedLinear | None], shape: Shape
+    ) -> None:
+        self.shape, self.branches = shape, tuple(branches)
+        self.takes = [branch is not None for branch in branches]
+        self.this = max(place for place, branch in enumerate(branches) if branch is not None)
+        self.other = 1 - self.this
+        last = self.branches[self.this]
+        assert last is not None
+        self.last, self.beside = last, self.branches[self.other]
+        split = operation.split.name
+        values = {
+            "denominators": last.denominators, "split": split, "relu": relu,
+            "is_residual": self.this != operation.skip, "other_linear": self.beside is not None,
+        }  # fmt: skip
+        self.merge = configuration(**values)
+        self.merged = configuration(**values, **last.geometry, precision=last.precision, blocks=None)
+        constant = CONSTANT_SPLITS.get(split, (1.0, 1.0))
+        self.weights = (constant[1], constant[0]) if operation.skip == 0 else constant
+        self.service = f"triton: {f'in {last.kernel}_conv' if last.fuses else 'merge'}"
+        self.settles = last.guard is None
+
+    def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
+        x, y = sources[self.this], sources[self.other]
+        beside = self.beside
+        other = pack(y) if beside is None else beside.raw(y)
+        bias = None if beside is None else beside.bias
+        if self.last.fuses:
+            x = pack(x.to(self.last.operation.dtype))
+            merged, *gates = launch(
+                f"{self.last.kernel}_merged", [x, self.last.weight, self.last.bias, other, bias], self.merged
+            )
+        else:
+            stacked = self.last.raw(x)
+            limits = (self.last.limit(stacked), None if beside is None else beside.limit(other))
+            tensors = [stacked, self.last.bias, limits[0], other, bias, limits[1]]
+            merged, *gates = launch("merge", tensors, self.merge)
+        saved: list[Ends] = [(End(scale=weight),) for weight in self.weights]
+        saved[self.this] = gate_ends(gates[0], self.last.denominators)
+        if len(gates) > 1:
+            saved[self.other] = (End(gates[1]),) if beside is None else gate_ends(gates[1], beside.denominators)
+        return unpack(merged), [ends if weight else () for ends, weight in zip(saved, self.weights, strict=True)]
+
+    def ends(self, saved: object) -> Ends:
+        assert isinstance(saved, list)
+        return tuple(end for ends in saved for end in ends)
+
+    def left(self, outputs: list[Tensor], saved: object) -> Sequence[Any]:
+        assert isinstance(saved, list)
+        given = iter(outputs)
+        return [[next(given) for _ in ends] or None for ends in saved]
+
+    def settle(self, arrived: Arrived, value: Tensor | None, saved: object) -> Sequence[Any]:
+        if self.settles:
+            return super().settle(arrived, value, saved)
+        # A kernel has two ends at most, and each branch has two here.
+        assert isinstance(saved, list)
+        (relevance,) = self.settled(arrived, value, (End(),))
+        return [arrive(relevance, Arrival(ends)) if ends else None for ends in saved]
+
+    def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
+        raise NotImplementedError("what leaves a merge is at its branches already")
+
+    def send_settled(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor] | None:
+        raise NotImplementedError("what leaves a merge is at its branches already")
+
+
+# Pools ------------------------------------------------------------------------------------------------------------------
+
+
+class FusedPool(TritonPasses):
+    """A pool that shares relevance in proportion, over blocks: a max-pool's, or windows that do not overlap."""
+
+    def __init__(self, operation: ProportionalPool, block: tuple[int, ...], x_shape: Shape, shape: Shape) -> None:
+        self.operation, self.x_shape = operation, x_shape
+        self.shape = (*shape, 1, 1)[:3] if len(shape) < 3 else shape
+        self.guard = operation.stabilizer if isinstance(operation.stabilizer, ZeroGuard) else None
+        height, width = x_shape[1:]
+        self.backward = configuration(stride=block, height=height, width=width)
+        self.gate = configuration(denominators=Denominators("own", stabilizer="guard"), relu=False, over_value=False)
+        self.service = "triton: pool"
+        layer = operation.layer
+        self.maximum: str | None = None
+        if isinstance(layer, MaxPool):
+            geometry: dict[str, Any] = {"kernel": layer.kernel, "stride": layer.stride, "padding": layer.padding}
+            geometry |= {"dilation": layer.dilation, "out_size": shape[1:]}
+            if isinstance(operation.stabilizer, Stabilizer):
+                geometry |= {"epsilon": operation.stabilizer.epsilon, "signed": operation.stabilizer.signed}
+            self.maximum = configuration(**geometry)
+        else:
+            self.service = "torch, then triton: pool"
+
+    def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
+        x = sources[0].to(self.operation.dtype)
+        if self.maximum is None:
+            value, gates = self.operation.forward(x)
+            return value, [*gates.groups] + ([] if gates.dead is None else [gates.dead])
+        if self.guard is None:
+            value, gate = launch("max_pool", [pack(x)], self.maximum)
+            return unpack(value), [unpack(gate)]
+        value, z = launch("max_pool_average", [pack(x)], self.maximum)
+        limit = z.flatten(1).amax(1) * self.guard.threshold
+        _, coded = launch("gate", [z, None, limit, None], self.gate)
+        coded = coded.to(self.operation.dtype)
+        return unpack(value), [unpack(coded.clamp(min=0)), unpack((-coded).clamp(min=0))]
+
+    def ends(self, saved: object) -> Ends:
+        assert isinstance(saved, list)
+        return tuple(End(pack(gate.reshape(gate.shape[0], *self.shape))) for gate in saved)
+
+    def settle(self, arrived: Arrived, value: Tensor | None, saved: object) -> Sequence[Any]:
+        whole = [x if x is None else x.reshape(x.shape[0], *self.shape) for x in (arrived.acc, arrived.dense, value)]
+        return super().settle(replace(arrived, acc=whole[0], dense=whole[1]), whole[2], saved)
+
+    def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
+        acc, *dead = (self._launch(tensor, Arrival((End(),)))[0] for tensor in leaving)
+        return Arrived(acc=unpack(acc), dense=unpack(dead[0]) if dead else None)
+
+    def send_settled(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor] | None:
+        s, *dead = leaving
+        if dead:
+            (dense,) = self._launch(dead[0], Arrival((End(),)))
+            arrival = replace(arrival, dense=dense if arrival.dense is None else arrival.dense + dense)
+        return self._launch(s, arrival)
+
+    def _launch(self, s: Tensor, arrival: Arrival) -> list[Tensor]:
+        return launch("block_backward", [s], self.backward, arrival)
+
+
+class FusedWinnerPool(TritonPasses):
+    """A max-pool that hands relevance to the first maximum of each window."""
+
+    def __init__(self, operation: WinnerPool, dtype: torch.dtype, x_shape: Shape, shape: Shape) -> None:
+        layer = operation.layer
+        assert isinstance(layer, MaxPool)
+        self.dtype, self.x_shape, self.shape = dtype, x_shape, shape
+        geometry = {"kernel": layer.kernel, "stride": layer.stride, "padding": layer.padding}
+        geometry |= {"dilation": layer.dilation}
+        self.onward = configuration(**geometry, out_size=shape[1:])
+        self.backward = configuration(**geometry, height=x_shape[1], width=x_shape[2])
+        self.service = "triton: pool"
+
+    def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
+        value, winner = launch("winner_pool", [pack(sources[0].to(self.dtype))], self.onward)
+        return unpack(value), winner
+
+    def ends(self, saved: object) -> Ends:
+        return (End(),)
+
+    def left(self, outputs: list[Tensor], saved: object) -> Sequence[Any]:
+        return [*outputs, saved]
+
+    def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
+        return Arrived(dense=unpack(self._launch(leaving, Arrival((End(),)))[0]))
+
+    def send_settled(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor] | None:
+        # What it sends is relevance already, and not to be multiplied by the receiver's value.
+        return self._launch(leaving, arrival) if arrival.value is None else None
+
+    def _launch(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor]:
+        return launch("winner_backward", leaving, self.backward, arrival)

@@ -1,0 +1,111 @@
+"""Compile the very kernels a call would launch, for GPUs this machine does not have, and say what they cost.
+
+Run in a process of its own without TRITON_INTERPRET: interpreted functions cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as a launcher asked for it."""
+
+    kernel: JITFunction[Any]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler made of a launch for one capability: bytes, registers a thread, instructions."""
+
+    name: str
+    capability: int
+    shared: int
+    registers: int
+    stack: int
+    wgmma: int
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record launches instead of running them; give the launchers tensors on the meta device."""
+    launches: list[Launch] = []
+
+    def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        assert set(named) == set(self.arg_names), set(named) ^ set(self.arg_names)
+        launches.append(Launch(self, named, options))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    """The launches a call makes."""
+    with recorded() as launches:
+        call()
+    return launches
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """What is compiled for a launch; launches of equal ``.hash()`` and options are compiled to the same."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
+def compiled(launch: Launch, capability: int) -> Resources:
+    """Compile a launch for ``capability`` and read what it costs from the cubin."""
+    kernel = triton.compile(source_of(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
+    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = dict(item.split(":", 1) for item in report.stdout.split() if ":" in item)
+    return Resources(
+        launch.kernel.__name__, capability, kernel.metadata.shared, int(usage["REG"]), int(usage["STACK"]),
+        kernel.asm["ptx"].count("wgmma.mma"),
+    )  # fmt: skip

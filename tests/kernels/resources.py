@@ -1,0 +1,179 @@
+"""What the compiler makes of every case of bench/cases.py, for GPUs this machine does not have.
+
+    python tests/kernels/resources.py heaviest|cases|candidates [dtype ...]
+
+prints JSON rows (:class:`Row`). A process of its own without TRITON_INTERPRET, which :func:`resources` starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any, Literal
+from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
+
+import torch
+from compiling import CAPABILITIES, Launch, compiled, launches_of, source_of
+
+from cases import KernelCase, kernel_cases
+from lrp_fast.kernels import pointwise_conv, spatial_conv
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+Mode = Literal["heaviest", "cases", "candidates"]
+BATCH = 256
+DTYPES: dict[str, tuple[torch.dtype, pointwise_conv.Precision]] = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+"""A dtype by name, and what products of it are computed in."""
+TILES = "ROWS COLUMNS INNER PARTS EVEN_K OTHER_EVEN_K BLOCK BLOCK_ROWS BLOCK_COLUMNS EIGHTH".split()
+"""Constants that belong to a tile or a size; what differs in others is another variant of a kernel."""
+HEAVIEST = (
+    "gate.gate 28² 128, γ",
+    "gate.image_maximum 28² 512",
+    "merge.merge 28² 512, guard, projection",
+    "merge.arrive 28² 128, guard",
+    "pointwise_conv.gated 28² 512→128, γ",
+    "pointwise_conv.merged 28² 128→512, γ, projection",
+    "pointwise_conv.backward 28² 2·128→512, αβ, merge",
+    "pointwise_conv.backward 56² 64+256→64",
+    "spatial_conv.gated 28² 128→128, γ",
+    "spatial_conv.merged 28² 128→128, γ, projection",
+    "spatial_conv.backward 56² 64→64 stride 1, merge",
+    "spatial_conv.stem_heatmap 224² 64",
+    "pool.max_pool_gated 112² 64",
+    "pool.max_pool_average 112² 64",
+    "pool.winner_pool 112² 64",
+    "pool.winner_backward 112² 64, two ends",
+    "pool.block_backward 7² 2048, global average",
+    "pool.spread 28² 128",
+    "heatmap.channel_sum 224² 3",
+    "heatmap.quantize 224²",
+)
+"""Of each launcher the case that holds most at once: compiled for every capability and dtype also in the ordinary test."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one launch of a case costs on one capability; ``rows`` and ``warps`` of its tile, rows 0 if it is no GEMM."""
+
+    case: str
+    kernel: str
+    dtype: str
+    capability: int
+    function: str
+    shared: int
+    registers: int
+    stack: int
+    wgmma: int
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    grouped: bool
+
+    @property
+    def wants_wgmma(self) -> bool:
+        """A GEMM that must use Hopper's matrix instructions (DESIGN §7)."""
+        return (
+            self.capability == 90 and self.dtype != "fp32" and self.rows >= 64 and self.warps >= 4 and not self.grouped
+        )
+
+
+def resources(mode: Mode, *dtypes: str) -> list[Row]:
+    """The rows of a mode, from a process that can compile; ``dtypes``: of :data:`DTYPES`, by default all."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, mode, *dtypes]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr[-4000:]}")
+    return [Row(**values) for values in json.loads(done.stdout)]
+
+
+# In the process that compiles -----------------------------------------------------------------------------------------
+
+
+def variant(launch: Launch) -> tuple[object, ...]:
+    """A kernel and its constants, but for its tile."""
+    constants = (parameter.name for parameter in launch.kernel.params if parameter.is_constexpr)
+    kept = tuple((name, launch.arguments[name]) for name in constants if name not in TILES)
+    return launch.kernel.__module__, launch.kernel.__name__, kept
+
+
+def row_of(case: KernelCase, dtype: str, launch: Launch, capability: int) -> Row:
+    """Compile."""
+    found, arguments = compiled(launch, capability), launch.arguments
+    tile = {name.lower(): int(arguments.get(name, 0)) for name in ("ROWS", "COLUMNS", "INNER")}
+    return Row(
+        case.name, case.kernel, dtype, capability, found.name, found.shared, found.registers, found.stack, found.wgmma,
+        **tile, warps=launch.options["num_warps"], stages=launch.options.get("num_stages", 0),
+        grouped=arguments.get("columns_of_group") != arguments.get("C") and "columns_of_group" in arguments,
+    )  # fmt: skip
+
+
+def wanted(mode: Mode, case: KernelCase, dtype: str, capability: int) -> bool:
+    """Whether a mode compiles a case."""
+    if mode == "cases":
+        return True
+    if mode == "candidates":
+        return "_conv." in case.kernel and (dtype == "bf16" or capability == 90)
+    if dtype == "bf16":
+        return capability == 90 or case.name in HEAVIEST
+    return capability == 90 and "_conv." in case.kernel and case.name in HEAVIEST
+
+
+def launches(mode: Mode, case: KernelCase, dtype: str, capability: int) -> list[Launch]:
+    """What a case launches; under ``candidates`` with each of them but the default."""
+    run = case.build(torch.device("meta"), DTYPES[dtype][0], BATCH, DTYPES[dtype][1]).run
+    if mode != "candidates":
+        return launches_of(run)
+    return [launch for place in range(1, 6) for launch in launches_of(partial(with_candidate, place, capability, run))]
+
+
+def with_candidate(place: int, capability: int, run: Callable[[], object]) -> None:
+    """Run with a device's candidate in that place as the default, if there is one."""
+
+    def shifted(original: Callable[..., list[Any]], options: dict[str, int], *arguments: Any) -> list[Any]:
+        found = original(*arguments, **options)
+        if place >= len(found):
+            raise LookupError
+        return found[place:]
+
+    own = {"capability": capability}
+    places = (
+        (pointwise_conv, "candidates", own), (spatial_conv, "candidates", {}), (spatial_conv, "stem_candidates", {}),
+    )  # fmt: skip
+    with ExitStack() as stack, suppress(LookupError):
+        for module, name, options in places:
+            stack.enter_context(mock.patch.object(module, name, partial(shifted, getattr(module, name), options)))
+        run()
+
+
+def rows(mode: Mode, dtypes: list[str]) -> Iterator[Row]:
+    """Everything a mode compiles, each launch once."""
+    seen: set[object] = set()
+    for dtype, capability in product(dtypes or DTYPES, CAPABILITIES):
+        cases = [case for case in kernel_cases() if wanted(mode, case, dtype, capability)]
+        for case in sorted(cases, key=lambda case: case.name not in HEAVIEST):
+            for launch in launches(mode, case, dtype, capability):
+                kind = variant(launch) if mode == "heaviest" else (source_of(launch).hash(), str(launch.options))
+                if (dtype, capability, kind) not in seen:
+                    seen.add((dtype, capability, kind))
+                    yield row_of(case, dtype, launch, capability)
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(row) for row in rows(sys.argv[1], sys.argv[2:])]))  # type: ignore[arg-type]

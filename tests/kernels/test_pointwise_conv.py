@@ -1,0 +1,362 @@
+"""1×1 convolutions with fused epilogues against their equations in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrp_fast.kernels.common import Arrival, Branch, Denominators, End
+from lrp_fast.kernels.pointwise_conv import Blocks, Precision, backward, candidates, gated, merged
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Blocks(16, 16, 16, 4, 2)
+WIDE = Blocks(32, 32, 32, 4, 2)
+BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+OWN = Denominators("own", 0.25)
+POSITIVE = Denominators("stacked", 1e-5, "vanishing")
+PLAIN = Denominators("stacked", 1e-5, "plain")
+ALPHA_BETA = Denominators("signs", 0.25, high=1.0, low=0.0)
+GAMMA = Denominators("signs", 0.25, high=1.25, low=1.0, masked=True)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a launcher allocates holds NaN before its kernel runs."""
+
+    def poisoned(like: Tensor, *shape: object, **options: object) -> Tensor:
+        return fresh(like, *shape, **options).fill_(torch.nan)  # type: ignore[arg-type]
+
+    fresh = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def agree(got: Tensor | None, wanted: Tensor, bound: float) -> None:
+    assert got is not None
+    assert got.shape == wanted.shape
+    error, size = float((got.double() - wanted).norm()), float(wanted.norm())
+    assert error <= bound * size, (error, size)
+
+
+# The equations, in float64 --------------------------------------------------------------------------------------------
+
+
+def drawn(
+    denominators: Denominators, inner: int, channels: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A stacked weight and bias whose denominators have no pole near them, for inputs that are not negative."""
+    weight, bias = normal(channels, inner), normal(channels)
+    if denominators.kind == "stacked":
+        weight, bias = torch.cat([weight, weight.clamp(min=0)]), torch.cat([bias, bias.abs()])
+    elif denominators.kind == "signs":
+        weight = torch.cat([weight.clamp(min=0), weight.clamp(max=0)])
+        bias = torch.cat([bias.clamp(min=0), bias.clamp(max=0)])
+    return (weight / inner**0.5).to(dtype), bias
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """N × H × W × K and C × K to N × Ho × Wo × C."""
+    image, kernel = x.double().permute(0, 3, 1, 2), weight.double()[:, :, None, None]
+    out = torch.nn.functional.conv2d(image, kernel, None if bias is None else bias.double(), stride)
+    return out.permute(0, 2, 3, 1)
+
+
+def understood(raw: Tensor, denominators: Denominators) -> tuple[Tensor, list[Tensor]]:
+    """The layer's own output and 1 / stab(z) of its groups, zero where masked, from its stacked output with bias."""
+    first, *rest = raw.chunk(denominators.stacks, -1)
+    own, z = first, [first]
+    if denominators.kind == "stacked":
+        z = rest
+    elif denominators.kind == "signs":
+        own = first + rest[0]
+        high, low = denominators.high, denominators.low
+        z = [high * first + low * rest[0], low * first + high * rest[0]]
+    if denominators.stabilizer == "signed":
+        shares = [1 / (z_g + torch.where(z_g < 0, -1.0, 1.0) * denominators.epsilon) for z_g in z]
+    else:
+        shares = [1 / (z_g + denominators.epsilon) for z_g in z]
+    if denominators.masked:
+        shares = [share * there for share, there in zip(shares, (own > 0, own < 0), strict=True)]
+    return own, shares
+
+
+def weights_of(residual: Tensor, skip: Tensor, split: str) -> tuple[Tensor, Tensor]:
+    if split == "ratio":
+        share = residual.abs() / (residual.abs() + skip.abs())
+    elif split == "signed":
+        total = residual + skip
+        total = total + torch.where(total < 0, -1e-6, 1e-6)
+        return residual / total, skip / total
+    else:
+        share = torch.full_like(residual, 0.5 if split == "symmetric" else 1.0)
+    return share, 1 - share
+
+
+# Forward --------------------------------------------------------------------------------------------------------------
+
+
+def check_gated(
+    denominators: Denominators, shape: tuple[int, int, int, int], channels: int, *, stride: int = 1, relu: bool = True,
+    over_value: bool = True, has_bias: bool = True, dtype: torch.dtype = torch.float32,
+    precision: Precision = "ieee", blocks: Blocks | None = None,
+) -> None:  # fmt: skip
+    x = normal(*shape, dtype=dtype).relu()
+    weight, bias = drawn(denominators, shape[-1], channels, dtype)
+    given = bias if has_bias else None
+    value, gates = gated(
+        x, weight, given, denominators, stride=stride, relu=relu, over_value=over_value,
+        precision=precision, blocks=blocks,
+    )  # fmt: skip
+    own, shares = understood(convolved(x, weight, given, stride), denominators)
+    wanted = own.relu() if relu else own
+    assert value.dtype == gates.dtype == dtype
+    bound = BOUND[dtype] if precision == "ieee" else 1e-2
+    agree(value, wanted, bound)
+    agree(gates, torch.cat([share * wanted if over_value else share for share in shares], -1), bound)
+
+
+@pytest.mark.parametrize("blocks", [SMALL, WIDE, None])
+@pytest.mark.parametrize("denominators", [OWN, POSITIVE, PLAIN, ALPHA_BETA, GAMMA])
+def test_gated(denominators: Denominators, blocks: Blocks | None) -> None:
+    check_gated(denominators, (2, 3, 7, 24), 40, blocks=blocks)
+
+
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_an_epilogue_in_more_parts(columns: int) -> None:
+    blocks = Blocks(16, columns, 32, 4, 2)
+    check_gated(GAMMA, (2, 3, 5, 40), 200, blocks=blocks)
+    check_merged(POSITIVE, (2, 3, 5, 40), 200, "ratio", blocks=blocks)
+    check_backward((2, 3, 5, 40), 200, Arrival((End(normal(2, 3, 5, 200)),)), blocks=blocks)
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("size", [(5, 7), (4, 6), (1, 1)])
+def test_gated_reads_the_strided_rows(size: tuple[int, int], stride: int) -> None:
+    check_gated(POSITIVE, (3, *size, 32), 24, stride=stride, blocks=SMALL)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("over_value", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gated_as_asked(relu: bool, over_value: bool, has_bias: bool) -> None:
+    for denominators in (OWN, GAMMA):
+        check_gated(
+            denominators, (2, 3, 5, 40), 24, relu=relu, over_value=over_value, has_bias=has_bias, blocks=WIDE
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("denominators", [OWN, POSITIVE, GAMMA])
+def test_gated_in_half_precision(denominators: Denominators) -> None:
+    check_gated(denominators, (2, 3, 7, 24), 40, dtype=torch.float16, blocks=WIDE)
+
+
+def check_merged(
+    denominators: Denominators, shape: tuple[int, int, int, int], channels: int, split: str, *, stride: int = 1,
+    relu: bool = True, is_residual: bool = True, linear: bool = False, has_bias: bool = True,
+    dtype: torch.dtype = torch.float32, precision: Precision = "ieee", blocks: Blocks | None = None,
+) -> None:  # fmt: skip
+    x = normal(*shape, dtype=dtype).relu()
+    weight, bias = drawn(denominators, shape[-1], channels, dtype)
+    given = bias if has_bias else None
+    own, shares = understood(convolved(x, weight, given, stride), denominators)
+    if linear:
+        other_weight, other_bias = drawn(denominators, 48, channels, dtype)
+        raw = convolved(normal(*own.shape[:-1], 48).relu(), other_weight, None, 1).to(dtype)
+        branch = Branch(raw, True, other_bias if has_bias else None)
+        other, other_shares = understood(raw.double() + (other_bias.double() if has_bias else 0), denominators)
+    else:
+        value = normal(*own.shape, dtype=dtype)
+        if split == "signed":  # away from the pole at a sum of zero
+            value = torch.where(own < 0, -value.abs() - 0.1, value.abs() + 0.1)
+        branch, other, other_shares = Branch(value), value.double(), []
+    result, gates, other_end = merged(
+        x, weight, given, branch, denominators, split, stride=stride, relu=relu, is_residual=is_residual,
+        precision=precision, blocks=blocks,
+    )  # fmt: skip
+    total = own + other
+    if is_residual:
+        share, other_share = weights_of(own, other, split)
+    else:
+        other_share, share = weights_of(other, own, split)
+    bound = BOUND[dtype] if precision == "ieee" else 1e-2
+    agree(result, total.relu() if relu else total, bound)
+    agree(gates, torch.cat([share * s for s in shares], -1), bound)
+    if linear:
+        agree(other_end, torch.cat([other_share * s for s in other_shares], -1), bound)
+    elif split in ("ratio", "signed"):
+        agree(other_end, other_share, bound)
+    else:
+        assert other_end is None
+
+
+@pytest.mark.parametrize("is_residual", [True, False])
+@pytest.mark.parametrize("split", ["ratio", "symmetric", "residual-only", "signed"])
+def test_merged_with_a_value(split: str, is_residual: bool) -> None:
+    check_merged(POSITIVE, (2, 3, 7, 24), 40, split, is_residual=is_residual, blocks=SMALL)
+
+
+@pytest.mark.parametrize("denominators", [OWN, POSITIVE, GAMMA])
+@pytest.mark.parametrize("split", ["ratio", "symmetric", "residual-only"])
+def test_merged_with_another_linear_branch(denominators: Denominators, split: str) -> None:
+    check_merged(denominators, (2, 5, 3, 24), 40, split, linear=True, blocks=WIDE)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_merged_at_a_stride(linear: bool, has_bias: bool) -> None:
+    check_merged(
+        POSITIVE, (3, 5, 4, 40), 24, "ratio", stride=2, relu=False, is_residual=False, linear=linear,
+        has_bias=has_bias, blocks=SMALL,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_merged_in_half_precision_with_default_blocks(linear: bool) -> None:
+    check_merged(ALPHA_BETA, (2, 3, 7, 24), 40, "ratio", linear=linear, dtype=torch.float16)
+
+
+def test_a_zero_split_of_nothing_is_even() -> None:
+    x, weight, other = torch.zeros(1, 2, 2, 16), torch.ones(48, 16), torch.zeros(1, 2, 2, 24)
+    _, gates, rest = merged(
+        x.to(DEVICE), weight.to(DEVICE), None, Branch(other.to(DEVICE)), POSITIVE, "ratio", relu=True, is_residual=True
+    )
+    assert torch.allclose(gates, torch.tensor(0.5e5, device=DEVICE))
+    assert rest is not None
+    assert torch.equal(rest, torch.full_like(rest, 0.5))
+
+
+def test_a_zero_guard_is_refused() -> None:
+    guard = Denominators("stacked", stabilizer="guard")
+    x, weight = torch.rand(1, 2, 2, 16), torch.rand(48, 16)
+    with pytest.raises(ValueError, match="zero-guard"):
+        gated(x, weight, None, guard, relu=True, over_value=True)
+    with pytest.raises(ValueError, match="zero-guard"):
+        merged(x, weight, None, Branch(torch.rand(1, 2, 2, 24)), guard, "ratio", relu=True, is_residual=True)
+
+
+# Backward -------------------------------------------------------------------------------------------------------------
+
+
+def settled(acc: Tensor, arrival: Arrival) -> list[Tensor]:
+    """What leaves at each end; ``acc`` (M · N, H, W, C) float64."""
+
+    def of_maps(x: Tensor) -> Tensor:
+        return x.double().repeat(acc.shape[0] // x.shape[0], 1, 1, 1)
+
+    total = acc.clone()
+    if arrival.previous is not None:
+        step = arrival.previous_stride
+        total[:, ::step, ::step] += arrival.previous.double()
+    if arrival.value is not None:
+        total = total * of_maps(arrival.value)
+    if arrival.dense is not None:
+        total = total + arrival.dense.double()
+    if arrival.even is not None:
+        total = total + arrival.even.double().view(*total.shape[:-1], 1)
+    leaving = []
+    for end in arrival.ends:
+        if end.gate is None:
+            leaving.append(total * end.scale)
+            continue
+        gate = of_maps(end.gate)
+        gate = {"whole": gate, "alive": gate.clamp(min=0), "dead": (-gate).clamp(min=0)}[end.part]
+        leaving.append(total.repeat(1, 1, 1, end.groups) * gate)
+    return leaving
+
+
+def check_backward(
+    shape: tuple[int, int, int, int], channels: int, arrival: Arrival, *, second: int | None = None,
+    dtype: torch.dtype = torch.float32, precision: Precision = "ieee", blocks: Blocks | None = None,
+) -> None:  # fmt: skip
+    """``shape``: M · N × H × W × K; ``second``: the K of another message."""
+    s, weight = normal(*shape, dtype=dtype), normal(channels, shape[-1], dtype=dtype)
+    acc = s.double() @ weight.double().T
+    pair = None
+    if second is not None:
+        pair = normal(*shape[:-1], second, dtype=dtype), normal(channels, second, dtype=dtype)
+        acc += pair[0].double() @ pair[1].double().T
+    outputs = backward(s, weight, arrival, second=pair, precision=precision, blocks=blocks)
+    assert len(outputs) == len(arrival.ends)
+    for out, wanted in zip(outputs, settled(acc, arrival), strict=True):
+        assert out.dtype == dtype
+        agree(out, wanted, BOUND[dtype] if precision == "ieee" else 1e-2)
+
+
+@pytest.mark.parametrize("blocks", [SMALL, WIDE, None])
+def test_backward_plain(blocks: Blocks | None) -> None:
+    check_backward((2, 5, 7, 24), 40, Arrival(), blocks=blocks)
+    check_backward((2, 5, 7, 64), 24, Arrival((End(scale=0.5), End(scale=-2.0))), blocks=blocks)
+
+
+@pytest.mark.parametrize("maps", [1, 3])
+def test_backward_through_a_gate(maps: int) -> None:
+    gate = normal(2, 5, 3, 40)
+    check_backward((2 * maps, 5, 3, 24), 40, Arrival((End(gate),)), blocks=SMALL)
+
+
+@pytest.mark.parametrize("maps", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_backward_with_everything(maps: int, stride: int) -> None:
+    rows = 2 * maps
+    arrival = Arrival(
+        (End(normal(2, 5, 7, 80), groups=2), End(normal(2, 5, 7, 40))),
+        value=normal(2, 5, 7, 40),
+        previous=normal(rows, -(-5 // stride), -(-7 // stride), 40),
+        previous_stride=stride,
+        dense=normal(rows, 5, 7, 40),
+        even=normal(rows, 5, 7),
+    )
+    check_backward((rows, 5, 7, 24), 40, arrival, blocks=WIDE)
+
+
+def test_backward_to_what_is_alive_and_what_is_dead() -> None:
+    gate = normal(2, 3, 5, 24)
+    check_backward((4, 3, 5, 40), 24, Arrival((End(gate, part="alive"), End(gate, part="dead"))), blocks=SMALL)
+
+
+@pytest.mark.parametrize("second", [16, 40])
+def test_backward_of_two_messages(second: int) -> None:
+    arrival = Arrival((End(normal(2, 5, 3, 24)), End()), value=normal(2, 5, 3, 24))
+    check_backward((2, 5, 3, 40), 24, arrival, second=second, blocks=SMALL)
+
+
+# Block shapes, and the same on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_size_has_block_shapes(dtype: torch.dtype, precision: Precision) -> None:
+    for rows, columns, inner in ((49, 2048, 512), (3136, 64, 64), (802816, 64, 256), (802816, 256, 64), (70, 24, 24)):
+        for stacks in (1, 2):
+            found = candidates(rows, columns, inner, stacks, dtype, precision)
+            assert len(found) > 1
+            assert all(min(blocks.rows, blocks.columns, blocks.inner) >= 16 for blocks in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")]
+)
+@pytest.mark.parametrize("images", [1, 32])
+def test_on_a_gpu(images: int, dtype: torch.dtype, precision: Precision) -> None:
+    if DEVICE == "cpu":
+        pytest.skip("needs a CUDA device")
+    shape, options = (images, 28, 28, 128), {"dtype": dtype, "precision": precision}
+    rows = images * 28 * 28
+    for blocks in candidates(rows, 512, 128, 2, dtype, precision):
+        check_gated(POSITIVE, shape, 512, blocks=blocks, **options)  # type: ignore[arg-type]
+        for linear in (True, False):
+            check_merged(POSITIVE, shape, 512, "ratio", linear=linear, blocks=blocks, **options)  # type: ignore[arg-type]
+    check_gated(POSITIVE, (images, 55, 56, 128), 512, stride=2, **options)  # type: ignore[arg-type]
+    gates = normal(images, 28, 28, 512, dtype=dtype), normal(images, 28, 28, 512, dtype=dtype)
+    arrival = Arrival(
+        (End(gates[0]), End(gates[1])), value=normal(images, 28, 28, 512, dtype=dtype),
+        previous=normal(images, 14, 14, 512, dtype=dtype), previous_stride=2, dense=normal(images, 28, 28, 512, dtype=dtype),
+    )  # fmt: skip
+    for blocks in candidates(rows, 512, 128, 1, dtype, precision):
+        check_backward(shape, 512, arrival, second=256, blocks=blocks, **options)  # type: ignore[arg-type]

@@ -1,0 +1,469 @@
+"""The triton backend, whole: kernels ran, what they did not serve is said, and the maps are the reference's.
+
+Without a GPU the kernels run in Triton's interpreter, so networks and images are small.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lrp_fast.backends.triton as backend
+from lrp_fast import LRP, Composite, Splits, list_composites
+from lrp_fast.backends.triton import choice as choice_module
+from lrp_fast.backends.triton.choice import Choice, Choices, Task
+from lrp_fast.backends.triton.launch import OPERATORS
+from lrp_fast.kernels.pointwise_conv import Blocks
+from networks import CifarResNet, calibrated
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """A test for a CUDA device."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = (2, 3, 25, 27)
+
+
+class Block(nn.Module):
+    """A residual block: basic, or a bottleneck; a projection where shapes change."""
+
+    def __init__(
+        self, kind: Literal["basic", "bottleneck"], inputs: int, planes: int, stride: int, groups: int
+    ) -> None:
+        super().__init__()
+        outputs = planes if kind == "basic" else 2 * planes
+        kernels = (3, 3) if kind == "basic" else (1, 3, 1)
+        layers: list[nn.Module] = []
+        channels = inputs
+        for place, kernel in enumerate(kernels):
+            last = place == len(kernels) - 1
+            strided = stride if kernel == 3 and (kind == "bottleneck" or place == 0) else 1
+            width = outputs if last else planes
+            shared = groups if kernel == 3 and kind == "bottleneck" else 1
+            layers += [
+                nn.Conv2d(channels, width, kernel, strided, kernel // 2, groups=shared, bias=False),
+                nn.BatchNorm2d(width),
+                *([] if last else [nn.ReLU(inplace=True)]),
+            ]
+            channels = width
+        self.branch = nn.Sequential(*layers)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.out = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.branch(x) + self.skip(x))
+
+
+class SmallResNet(nn.Module):
+    """Bottleneck and basic blocks, projections at stride 1 and 2, identity skips, a stem with a max-pool."""
+
+    def __init__(self, groups: int = 1, width: int = 12) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 24, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(
+            Block("bottleneck", 24, width, 1, groups), Block("bottleneck", 2 * width, width, 1, groups)
+        )
+        self.layer2 = nn.Sequential(Block("bottleneck", 2 * width, 20, 2, groups))
+        self.layer3 = nn.Sequential(Block("basic", 40, 24, 2, 1), Block("basic", 24, 24, 1, 1))
+        self.fc = nn.Linear(24, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Launched(TorchDispatchMode):
+    """Counts the package's kernel launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lrp_fast":
+            self.counts[func._schema.name.removeprefix("lrp_fast::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    groups = getattr(request, "param", 1)
+    return calibrated(SmallResNet(groups), int(torch.randint(10**6, ())), (8, 3, 25, 27)).to(DEVICE)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(SHAPE, device=DEVICE)
+
+
+@pytest.fixture
+def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """k×k convolutions by their kernels too, which is otherwise for a measurement to decide."""
+    monkeypatch.setattr(Choices, "of", lambda self, task: Choice("fused"))
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The largest relative L2 error of any image."""
+    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
+    return float((difference / expected.double().flatten(1).norm(dim=1)).max())
+
+
+def bound(composite: str) -> float:
+    return 1e-5 if composite in ("otsuki2024", "conserving") else 1e-3
+
+
+def compared(
+    model: nn.Module, images: Tensor, composite: str | Composite, **options: Any
+) -> tuple[float, Counter[str]]:
+    """The error of the triton backend's map, and what it launched."""
+    expected = LRP(model, composite, backend="reference", **options).explain(images, start="one")
+    explainer = LRP(model, composite, backend="triton", **options)
+    with Launched() as launched:
+        got = explainer.explain(images, start="one")
+    assert explainer.backend == "triton"
+    assert got.relevance is not None
+    assert expected.relevance is not None
+    direct = explainer.explain(images, start="one", relevance=False)
+    assert relative_error(direct.heatmap, got.heatmap) <= 1e-5
+    return relative_error(got.relevance, expected.relevance), launched.counts
+
+
+@pytest.mark.parametrize("composite", [name for name in list_composites() if name != "epsilon"])
+def test_a_small_resnet_is_the_references(model: nn.Module, images: Tensor, composite: str) -> None:
+    error, launched = compared(model, images, composite)
+    assert error <= bound(composite)
+    guarded = composite == "conserving"
+    assert launched["pointwise_gated"] == (0 if guarded else 3)
+    assert launched["pointwise_merged"] == (0 if guarded else 4)  # three bottlenecks, and one basic block's projection
+    assert launched["merge"] == (5 if guarded else 1)
+    assert launched["pointwise_backward"] >= 7
+    assert launched["gate"] >= 5
+    assert launched["arrive"] >= 5
+    assert launched["spread"] == (15 if guarded else 0)
+
+
+@pytest.mark.usefixtures("fused_everywhere")
+@pytest.mark.parametrize("composite", ["otsuki2024", "epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box"])
+def test_spatial_kernels_in_a_network(model: nn.Module, images: Tensor, composite: str) -> None:
+    error, launched = compared(model, images, composite)
+    assert error <= bound(composite)
+    assert launched["spatial_gated"] == 5
+    assert launched["spatial_merged"] == 1
+    assert launched["spatial_backward"] == 7
+    assert launched["gate"] == (1 if composite == "otsuki2024" else 0)  # the stem, whose denominators are fixed
+    assert launched["merge"] == 0
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        "ratio",
+        "symmetric",
+        "residual-only",
+        "signed",
+        Splits("residual-only", "symmetric"),
+        Splits("symmetric", "ratio"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving"])
+def test_every_split(model: nn.Module, images: Tensor, composite: str, split: str | Splits) -> None:
+    error, launched = compared(model, images, composite, split=split)
+    assert error <= (1e-3 if split == "signed" else 1e-5)
+    # A zero-guard codes what is dead by sign, which a split with negative weights does not leave it.
+    assert launched["pointwise_merged"] + launched["merge"] == (
+        0 if (composite, split) == ("conserving", "signed") else 5
+    )
+
+
+@pytest.mark.parametrize("composite", ["otsuki2024", "epsilon_gamma_box"])
+@pytest.mark.parametrize("model", [4], indirect=True)
+def test_narrow_groups_go_to_the_library(model: nn.Module, images: Tensor, composite: str) -> None:
+    """Their stacked outputs lie group by group, and the gate pass finds them there."""
+    error, launched = compared(model, images, composite)
+    assert error <= bound(composite)
+    assert launched["gate"] >= 3
+    assert launched["spatial_gated"] == 0
+
+
+@pytest.mark.usefixtures("fused_everywhere")
+def test_wide_groups_have_kernels(images: Tensor) -> None:
+    model = calibrated(SmallResNet(groups=1, width=32), 3, (8, 3, 25, 27)).to(DEVICE)
+    for block in model.layer1:
+        old = block.branch[3]
+        block.branch[3] = nn.Conv2d(32, 32, 3, old.stride, 1, groups=2, bias=False).to(DEVICE)
+    error, launched = compared(model.eval(), images, "epsilon_alpha2_beta1")
+    assert error <= 1e-3
+    assert launched["spatial_gated"] == 5
+
+
+def test_conserving_conserves(model: nn.Module, images: Tensor) -> None:
+    result = LRP(model, "conserving", backend="triton").explain(images, start="one")
+    assert float(result.leak.abs().max()) <= 1e-5
+
+
+def test_what_has_no_kernel_runs_in_torch_and_says_why(images: Tensor) -> None:
+    model = calibrated(CifarResNet(blocks=1), 5).to(DEVICE)
+    error, launched = compared(model, images, "otsuki2024")
+    assert error <= 1e-5
+    assert launched["merge"] == 1  # of three: two have option-A shortcuts
+    explainer = LRP(model, backend="triton")
+    assert "chosen for an input shape" in explainer.describe()
+    table = {line.split()[0]: line for line in explainer.describe(SHAPE).splitlines()[1:]}
+    assert "torch: a branch is constant in places" in table["blocks.1.iadd"]
+    assert "torch: its merge runs in torch" in table["blocks.1.conv2"]
+    assert "triton: library + gate / library + arrive" in table["blocks.1.conv1"]
+    assert "torch: a linear layer is too small to gain" in table["linear"]
+    explainer.explain(images)
+    assert explainer.describe() == explainer.describe(SHAPE)
+
+
+def test_several_targets_and_layers(model: nn.Module, images: Tensor) -> None:
+    names = ("bn1", "layer1.0", "layer2.0.branch.4", "layer3.1.branch.1", "layer3.0")
+    target = torch.randint(7, (len(images), 2), device=DEVICE)
+    for composite in ("otsuki2024", "conserving"):
+        expected = LRP(model, composite, backend="reference").explain(images, target, layers=names)
+        got = LRP(model, composite, backend="triton").explain(images, target, layers=names)
+        assert torch.equal(got.target, target)
+        assert got.relevance is not None
+        assert expected.relevance is not None
+        assert relative_error(got.relevance.flatten(0, 1), expected.relevance.flatten(0, 1)) <= 1e-5
+        for name in names:
+            assert relative_error(got.layers[name].flatten(0, 1), expected.layers[name].flatten(0, 1)) <= 1e-5, name
+
+
+def test_one_image_alone_and_equal_bits(model: nn.Module, images: Tensor) -> None:
+    explainer = LRP(model, backend="triton")
+    together, again = explainer.explain(images), explainer.explain(images)
+    assert torch.equal(together.heatmap, again.heatmap)
+    alone = torch.cat([explainer.explain(image[None]).heatmap for image in images])
+    assert relative_error(alone, together.heatmap) <= 1e-5
+
+
+class Odd(nn.Module):
+    """Older designs: strides in the first 1×1 convolutions, pooled shortcuts, a mean over space, a sum of sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1)
+        self.first = nn.Conv2d(16, 24, 1, 2)
+        self.second = nn.Conv2d(24, 24, 3, 1, 1)
+        self.skip = nn.Conv2d(16, 24, 1, 2)
+        self.pooled = nn.Conv2d(24, 32, 1)
+        self.third = nn.Conv2d(24, 32, 3, 2, 1)
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))
+        x = F.relu(self.second(F.relu(self.first(x))) + self.skip(x))
+        x = F.relu(self.third(x) + self.pooled(F.avg_pool2d(x, 2, 2, ceil_mode=True)))
+        x = F.relu(x + self.scaled(x))
+        return self.fc(x.mean((2, 3)))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 1)
+
+
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving", "epsilon_plus"])
+@pytest.mark.parametrize("size", [(17, 19), (16, 20)])
+def test_other_designs(composite: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(int(torch.randint(10**6, ())))
+    model = Odd().eval().to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.abs() if parameter.ndim == 1 else parameter)
+    images = torch.randn(2, 3, *size, device=DEVICE)
+    error, launched = compared(model, images, composite)
+    assert error <= bound(composite)
+    assert launched["block_backward"] >= 1
+
+
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving", "epsilon_gamma_box"])
+def test_one_graph(model: nn.Module, images: Tensor, composite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes both passes without a break."""
+    whole = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+    explainer = LRP(model, composite, backend="triton", compile=True)
+    expected = LRP(model, composite, backend="triton").explain(images, start="one")
+    assert torch.equal(explainer.explain(images, start="one").heatmap, expected.heatmap)
+
+
+def test_compiled(images: Tensor) -> None:
+    model = calibrated(CifarResNet(blocks=1), 5).to(DEVICE)
+    images = images[..., :16, :16]
+    expected = LRP(model, backend="reference").explain(images, start="one")
+    got = LRP(model, backend="triton", compile=True).explain(images, start="one")
+    assert relative_error(got.heatmap, expected.heatmap) <= 1e-5
+
+
+def test_operators_fit_their_fake_implementations(model: nn.Module, images: Tensor) -> None:
+    """Shapes and dtypes under fake tensors are those of a run: what compiled graphs rely on."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen: set[str] = set()
+
+    class Checked(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = func(*args, **(kwargs or {}))
+            if func.namespace == "lrp_fast":
+                with FakeTensorMode() as mode:
+                    tensors = [x if x is None else mode.from_tensor(x) for x in args[0]]
+                    faked = func(tensors, *args[1:])
+                assert [(x.shape, x.dtype, x.device) for x in faked] == [(x.shape, x.dtype, x.device) for x in results]
+                seen.add(func._schema.name.removeprefix("lrp_fast::"))
+            return results
+
+    with Checked():
+        for composite in ("otsuki2024", "conserving", "epsilon_gamma_box"):
+            LRP(model, composite, backend="triton").explain(images, relevance=False)
+    spatial = {name for name in OPERATORS if name.startswith("spatial")}
+    assert seen == set(OPERATORS) - spatial - {"channel_sum", "quantize"}
+
+
+def test_refusals(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, got torch\.float64"):
+        LRP(model, backend="triton", dtype=torch.float64)
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match=r"cuda_graph=True needs .* on cpu"):
+            LRP(model, cuda_graph=True)
+        with pytest.raises(ValueError, match=r"tune\(\) measures the triton backend on a CUDA device"):
+            LRP(model).tune(torch.randn(SHAPE))
+        assert LRP(model).backend == "torch"
+
+
+def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrp_fast.backends.triton.binding.interpreted", lambda: False)
+    with pytest.raises(ValueError, match="needs a CUDA device, got cpu; use backend='torch'"):
+        backend.check_device(torch.device("cpu"), torch.float32)
+
+
+# Choices --------------------------------------------------------------------------------------------------------------
+
+
+def task(**changes: Any) -> Task:
+    values: dict[str, Any] = {
+        "kernel": "spatial", "direction": "forward", "batch": 2, "inputs": (16, 9, 9), "outputs": (24, 9, 9),
+        "size": (3, 3, 1, 1, 1, 1, 1, 1), "groups": 1, "stacks": 2, "dtype": "float32", "precision": "ieee",
+    }  # fmt: skip
+    return Task(**(values | changes))
+
+
+def test_choices_are_kept_on_disk(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "cache" / "choices.json"
+    choices = Choices(path)
+    assert choices.of(task()) == Choice("library")
+    assert choices.of(task(kernel="pointwise")) == Choice("fused")
+    choices.keep(task(), Choice("fused", Blocks(64, 64, 32, 4, 3)))
+    choices.keep(task(batch=8), Choice("library"))
+    assert Choices.read(path).measured == choices.measured
+    assert Choices.read(path).of(task()) == Choice("fused", Blocks(64, 64, 32, 4, 3))
+    assert [entry.name for entry in path.parent.iterdir()] == ["choices.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"a": 1}', '{"a": {"way": "x", "blocks": null}}', '{"a": {"way": "fused"}}']
+)
+def test_a_damaged_cache_is_named(tmp_path: pathlib.Path, text: str) -> None:
+    path = tmp_path / "choices.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"choices\.json does not hold measured choices .* delete it"):
+        Choices.read(path)
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("LRP_FAST_CACHE", str(tmp_path))
+    assert choice_module.cache_folder() == tmp_path
+    monkeypatch.delenv("LRP_FAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert choice_module.cache_folder() == tmp_path / "x" / "lrp_fast"
+
+
+def test_tuning_keeps_the_fastest_and_stays_right(model: nn.Module, images: Tensor, tmp_path: pathlib.Path) -> None:
+    """With made-up times: the work of every candidate is run once and must be right afterwards."""
+    explainer = LRP(model, backend="triton")
+    expected = LRP(model, backend="reference").explain(images, start="one")
+    explainer.explain(images)
+    (runner,) = explainer._programs.values()
+    choices = Choices(tmp_path / "choices.json")
+    times: list[float] = []
+
+    def timed(work: Any) -> float:
+        if len(times) % 3 == 0:
+            work()
+        times.append(float(torch.rand(())))
+        return times[-1]
+
+    report = backend.tune(runner.program.passes, len(images), choices, timed)
+    assert len(report.splitlines()) == len(choices.measured)
+    assert {choice.way for choice in choices.measured.values()} == {"fused", "library"}
+    before = len(times)
+    backend.tune(runner.program.passes, len(images), choices, timed)
+    assert len(times) == before
+    kept = json.loads((tmp_path / "choices.json").read_text())
+    assert set(kept) == set(choices.measured)
+    tuned = LRP(model, backend="triton")
+    tuned._choices = lambda: choices  # type: ignore[method-assign]
+    assert relative_error(tuned.explain(images, start="one").heatmap, expected.heatmap) <= 1e-5
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@gpu
+def test_cuda_graph_is_the_same_map(model: nn.Module, images: Tensor) -> None:
+    plain = LRP(model, backend="triton")
+    recorded = LRP(model, backend="triton", cuda_graph=True)
+    names = ("layer1.0", "layer3")
+    for batch in (images, torch.randn_like(images), images[:1]):
+        for target in (None, [[1, 2]] * len(batch)):
+            expected = plain.explain(batch, target, layers=names)
+            got = recorded.explain(batch, target, layers=names)
+            assert torch.equal(got.output, expected.output)
+            assert torch.equal(got.heatmap, expected.heatmap)
+            for name in names:
+                assert torch.equal(got.layers[name], expected.layers[name])
+    first = recorded.explain(images)
+    recorded.explain(torch.randn_like(images))
+    assert torch.equal(first.heatmap, plain.explain(images).heatmap)
+
+
+@gpu
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving"])
+def test_bfloat16(model: nn.Module, images: Tensor, composite: str) -> None:
+    expected = LRP(model, composite, backend="reference").explain(images, start="one")
+    got = LRP(model, composite, backend="triton", dtype=torch.bfloat16).explain(images, start="one")
+    assert relative_error(got.heatmap, expected.heatmap) <= 2e-2
+
+
+@gpu
+def test_tune_on_the_device(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("LRP_FAST_CACHE", str(tmp_path))
+    explainer = LRP(model, backend="triton")
+    expected = explainer.explain(images)
+    assert explainer.tune(images)
+    assert list(tmp_path.glob("*.json"))
+    assert relative_error(explainer.explain(images).heatmap, expected.heatmap) <= 1e-5
+
+
+@gpu
+def test_auto_is_triton_on_a_gpu(model: nn.Module) -> None:
+    assert LRP(model).backend == "triton"
