@@ -1,8 +1,9 @@
 # Needs Python 3.11 or newer and make; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTHON_GPU := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: demo test test-all test-slow lint types bench clean
+.PHONY: demo test test-all test-slow lint types bench gpu-check gpu-check-full clean
 
 demo: .venv/installed
 	$(BIN)/lrp-fast demo --output demo-output
@@ -24,6 +25,13 @@ types: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python bench/speed.py
+
+# On a machine with a CUDA device; installs nothing.
+gpu-check:
+	$(PYTHON_GPU) bench/gpu_check.py
+
+gpu-check-full:
+	$(PYTHON_GPU) bench/gpu_check.py --full
 
 .venv/installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"lrp_fast needs Python 3.11 or newer, got {sys.version}"'

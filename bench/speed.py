@@ -13,7 +13,6 @@ import pathlib
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -22,29 +21,12 @@ import torchvision
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrp_fast import LRP
+from peers import zennit_explainer
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-
-
-def zennit_explainer(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """zennit's ``EpsilonPlusFlat`` of the predicted class, as its documentation runs it on a ResNet."""
-    from zennit.attribution import Gradient
-    from zennit.composites import EpsilonPlusFlat
-    from zennit.torchvision import ResNetCanonizer
-
-    def start(output: Tensor) -> Tensor:
-        return nn.functional.one_hot(output.argmax(1), output.shape[1]).to(output)
-
-    def explain(images: Tensor) -> Tensor:
-        composite = EpsilonPlusFlat(canonizers=[ResNetCanonizer()])
-        with warnings.catch_warnings(), Gradient(model=model, composite=composite) as attributor:
-            warnings.simplefilter("ignore")  # its hooks on inputs that need no gradient
-            return attributor(images.clone().requires_grad_(), start)[1].detach()
-
-    return explain
 
 
 def attribute(explainer: LRP, images: Tensor) -> Tensor:

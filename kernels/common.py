@@ -9,7 +9,8 @@ G groups (G = 1 or 2), by the kind of :class:`Denominators`::
     kind       S  G   own               z_1                      z_2
     "own"      1  1   first             first                                                  ε
     "stacked"  2  1   first             second                                                 z⁺, positive products
-    "signs"    2  2   first + second    high · first + low · second   low · first + high · second   αβ, γ
+    "signs"    2  2   first + second    first                         second                                αβ
+    "gamma"    2  2   first             first + γ · second            (1 + γ) · first − γ · second          γ
 
 and from a denominator its gate, ``gate_g = numerator · mask_g / stab(z_g)``. The gates of one layer lie side by side,
 G · C channels. Under a zero-guard what counts as dead is coded by sign: the gate is ``numerator / z`` where the
@@ -39,14 +40,12 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 class Denominators:
     """How a linear layer's stacked output becomes its own output, its denominators and its gates."""
 
-    kind: Literal["own", "stacked", "signs"]
+    kind: Literal["own", "stacked", "signs", "gamma"]
     epsilon: float = 0.0
     stabilizer: Literal["signed", "plain", "vanishing", "guard"] = "signed"
     """``z ± ε`` by sign; ``z + ε``; ``z + ε`` with ε in place of zero; or none, and z ≤ limit counts as zero."""
-    high: float = 1.0
-    low: float = 0.0
-    masked: bool = False
-    """Group 1 only where the layer's own output is above zero, group 2 only where it is below (γ)."""
+    gamma: float = 0.0
+    """γ, whose group 1 counts only where the layer's own output is above zero and group 2 only where it is below."""
 
     @property
     def stacks(self) -> int:
@@ -56,13 +55,12 @@ class Denominators:
     @property
     def groups(self) -> int:
         """G: how many gates the layer has."""
-        return 2 if self.kind == "signs" else 1
+        return 2 if self.kind in ("signs", "gamma") else 1
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of a kernel that calls :func:`gates_of`."""
         return {
-            "epsilon": self.epsilon, "high": self.high, "low": self.low,
-            "KIND": self.kind, "STABILIZER": self.stabilizer, "MASKED": self.masked,
+            "epsilon": self.epsilon, "gamma": self.gamma, "KIND": self.kind, "STABILIZER": self.stabilizer,
         }  # fmt: skip
 
 
@@ -105,7 +103,7 @@ class Arrival:
     Relevance may hold several maps of each image, one after another: value and gates then have a divisor of its rows.
     """
 
-    ends: tuple[End, ...] = (End(),)
+    ends: tuple[End, ...]
     value: Tensor | None = None
     previous: Tensor | None = None
     previous_stride: int = 1
@@ -203,18 +201,21 @@ def own_output(first, second, KIND: tl.constexpr):
 
 
 @triton.jit
-def first_denominator(first, second, high, low, KIND: tl.constexpr):
-    if KIND == "own":
-        return first
-    elif KIND == "stacked":
+def first_denominator(first, second, gamma, KIND: tl.constexpr):
+    if KIND == "stacked":
         return second
+    elif KIND == "gamma":
+        return first + gamma * second
     else:
-        return high * first + low * second
+        return first
 
 
 @triton.jit
-def second_denominator(first, second, high, low):
-    return low * first + high * second
+def second_denominator(first, second, gamma, KIND: tl.constexpr):
+    if KIND == "gamma":
+        return first + gamma * (first - second)
+    else:
+        return second
 
 
 @triton.jit
@@ -235,17 +236,16 @@ def gate_of(z, numerator, epsilon, limit, STABILIZER: tl.constexpr):
 @triton.jit
 def store_gates(
     gate_ptr, first, second, numerator, rows, columns, inside, C,
-    epsilon, limit, high, low,
-    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr,
+    epsilon, limit, gamma,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr,
 ):  # fmt: skip
     """Write a tile's gates, rows × G · C. ``rows`` [BM, 1] int64, ``columns`` [1, BN]; first, second [BM, BN] float32."""
-    gate = gate_of(first_denominator(first, second, high, low, KIND), numerator, epsilon, limit, STABILIZER)
-    if KIND == "signs":
-        other = gate_of(second_denominator(first, second, high, low), numerator, epsilon, limit, STABILIZER)
-        if MASKED:
-            own = first + second
-            gate = tl.where(own > 0, gate, 0.0)
-            other = tl.where(own < 0, other, 0.0)
+    gate = gate_of(first_denominator(first, second, gamma, KIND), numerator, epsilon, limit, STABILIZER)
+    if KIND == "signs" or KIND == "gamma":
+        other = gate_of(second_denominator(first, second, gamma, KIND), numerator, epsilon, limit, STABILIZER)
+        if KIND == "gamma":
+            gate = tl.where(first > 0, gate, 0.0)
+            other = tl.where(first < 0, other, 0.0)
         tl.store(gate_ptr + rows * (2 * C) + columns, gate, mask=inside)
         tl.store(gate_ptr + rows * (2 * C) + C + columns, other, mask=inside)
     else:
@@ -288,8 +288,8 @@ def load_stack(
 @triton.jit
 def store_merge(
     first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
-    epsilon, limit, other_limit, high, low,
-    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr,
+    epsilon, limit, other_limit, gamma,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr,
     SPLIT: tl.constexpr, RELU: tl.constexpr, IS_RESIDUAL: tl.constexpr, OTHER_LINEAR: tl.constexpr,
 ):  # fmt: skip
     """A tile where two branches meet: write ``h = ReLU(this + other)`` and how relevance leaves for both.
@@ -309,13 +309,11 @@ def store_merge(
         weight, other_weight = split_weights(own, other, SPLIT)
     else:
         other_weight, weight = split_weights(other, own, SPLIT)
-    store_gates(
-        gate_ptr, first, second, weight, rows, columns, inside, C, epsilon, limit, high, low, KIND, STABILIZER, MASKED
-    )
+    store_gates(gate_ptr, first, second, weight, rows, columns, inside, C, epsilon, limit, gamma, KIND, STABILIZER)
     if OTHER_LINEAR:
         store_gates(
             other_ptr, other_first, other_second, other_weight, rows, columns, inside, C,
-            epsilon, other_limit, high, low, KIND, STABILIZER, MASKED,
+            epsilon, other_limit, gamma, KIND, STABILIZER,
         )  # fmt: skip
     elif SPLIT == "ratio" or SPLIT == "signed":
         tl.store(other_ptr + rows * C + columns, other_weight, mask=inside)

@@ -49,8 +49,8 @@ def load_groups(
 
 @triton.jit
 def _gate_kernel(
-    stacked_ptr, bias_ptr, limit_ptr, fixed_ptr, value_ptr, gate_ptr, row_count, rows_per_image, C, epsilon, high, low,
-    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    stacked_ptr, bias_ptr, limit_ptr, fixed_ptr, value_ptr, gate_ptr, row_count, rows_per_image, C, epsilon, gamma,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     FIXED: tl.constexpr,
     RELU: tl.constexpr, OVER_VALUE: tl.constexpr, GROUP_WIDTH: tl.constexpr, EIGHTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -74,8 +74,8 @@ def _gate_kernel(
         of_image = rows.to(tl.int32) % rows_per_image
         first = tl.load(fixed_ptr + of_image * C + columns, mask=inside, other=1.0).to(tl.float32)
     store_gates(
-        gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, limit, high, low,
-        KIND, STABILIZER, MASKED,
+        gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, limit, gamma,
+        KIND, STABILIZER,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def _maximum_kernel(
     first, second = load_groups(
         stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS, GROUP_WIDTH
     )
-    z = tl.where(inside, first_denominator(first, second, 1.0, 0.0, KIND), float("-inf"))
+    z = tl.where(inside, first_denominator(first, second, 0.0, KIND), float("-inf"))
     tl.store(maximum_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(z))
 
 

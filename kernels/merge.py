@@ -31,8 +31,8 @@ from .common import (
 @triton.jit
 def _merge_kernel(
     stacked_ptr, bias_ptr, limit_ptr, branch_ptr, branch_bias_ptr, branch_limit_ptr, merged_ptr, gate_ptr, other_ptr,
-    row_count, rows_per_image, C, epsilon, high, low,
-    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    row_count, rows_per_image, C, epsilon, gamma,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr, RELU: tl.constexpr, IS_RESIDUAL: tl.constexpr,
     OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, EIGHTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -55,7 +55,7 @@ def _merge_kernel(
             other_limit = tl.load(branch_limit_ptr + image, mask=rows < row_count, other=0.0)
     store_merge(
         first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
-        epsilon, limit, other_limit, high, low, KIND, STABILIZER, MASKED, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
+        epsilon, limit, other_limit, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
     )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ Backward, an :class:`Arrival` settling what one or two messages s (rows × K) br
     acc = s @ weightᵀ [+ s₂ @ weight₂ᵀ]     R = value · (acc + previous) + dense + even     out_e = R · gate_e
 
 **All weights are C × K, with what is summed over (K) last in memory**, as a tensor core wants it in every dtype (TF32
-``wgmma`` takes nothing else). So backward the weight is the forward one transposed, Cin × G · Cout: packed once.
+``wgmma`` takes nothing else; any other layout would be transposed through registers at every step). So backward the
+weight is the forward one transposed, Cin × G · Cout: packed once.
 """
 
 from __future__ import annotations
@@ -73,6 +74,15 @@ TABLE: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("ieee", "narrow", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 32, 16, 8, 3)],
     ("ieee", "big", 1): [(128, 64, 16, 8, 3), (128, 128, 16, 8, 3), (64, 64, 32, 4, 3)],
     ("ieee", "big", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3)],
+    ("half", "few", 4): [(64, 32, 64, 4, 3), (32, 32, 128, 4, 3)],
+    ("half", "narrow", 4): [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3)],
+    ("half", "big", 4): [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3)],
+    ("tf32", "few", 4): [(64, 32, 64, 4, 3), (32, 32, 64, 4, 3)],
+    ("tf32", "narrow", 4): [(64, 64, 32, 8, 3)],
+    ("tf32", "big", 4): [(64, 64, 32, 8, 3), (64, 128, 32, 8, 3)],
+    ("ieee", "few", 4): [(32, 32, 32, 4, 3), (16, 32, 32, 4, 3)],
+    ("ieee", "narrow", 4): [(64, 64, 16, 8, 3)],
+    ("ieee", "big", 4): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3)],
 }
 FROM_HOPPER_ON = {("half", "big", 2): [(128, 128, 64, 8, 3)]}
 """Tiles whose operands must stay in shared memory: before wgmma they went through registers, which then spill."""
@@ -83,7 +93,8 @@ def candidates(
 ) -> list[Blocks]:  # fmt: skip
     """What is worth trying for a rows × columns result, K = ``inner``; the first is the default.
 
-    ``stacks``: how many tiles of the result a program sums up at once: S forward, 1 backward. ``capability``: 10 · major
+    ``stacks``: how many tiles of the result a program holds at once, before registers spill: S forward, but 4 where two
+    branches with two gates each meet, and 1 backward. ``capability``: 10 · major
     + minor of the device.
     """
     kind = "half" if dtype.itemsize == 2 else precision
@@ -202,8 +213,8 @@ def add_bias(first, second, bias_ptr, columns, C, STACKS: tl.constexpr, HAS_BIAS
 @triton.jit
 def _gated_kernel(
     x_ptr, weight_ptr, bias_ptr, value_ptr, gate_ptr,
-    row_count, height, width, out_height, out_width, C, K, epsilon, high, low,
-    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    row_count, height, width, out_height, out_width, C, K, epsilon, gamma,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     STRIDE: tl.constexpr, RELU: tl.constexpr, OVER_VALUE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -225,16 +236,16 @@ def _gated_kernel(
         tl.store(value_ptr + rows * C + columns, value, mask=inside)
         numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
         store_gates(
-            gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, 0.0, high, low,
-            KIND, STABILIZER, MASKED,
+            gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, 0.0, gamma,
+            KIND, STABILIZER,
         )  # fmt: skip
 
 
 @triton.jit
 def _merged_kernel(
     x_ptr, weight_ptr, bias_ptr, branch_ptr, branch_bias_ptr, merged_ptr, gate_ptr, other_ptr,
-    row_count, height, width, out_height, out_width, C, K, epsilon, high, low,
-    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    row_count, height, width, out_height, out_width, C, K, epsilon, gamma,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     STRIDE: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr, IS_RESIDUAL: tl.constexpr,
     OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
@@ -258,7 +269,7 @@ def _merged_kernel(
         )  # fmt: skip
         store_merge(
             first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
-            epsilon, 0.0, 0.0, high, low, KIND, STABILIZER, MASKED, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
+            epsilon, 0.0, 0.0, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
         )  # fmt: skip
 
 
@@ -270,7 +281,9 @@ def gated(
 
     ``over_value``: the gate's numerator is the value, else one. Ho = ⌈H/stride⌉. ValueError for a zero-guard.
     """
-    blocks, shape, arguments = _forward(x, weight, denominators, stride, precision, blocks)
+    blocks, shape, arguments = _forward(
+        x, weight, denominators, stride, precision, blocks, denominators.stacks
+    )  # fmt: skip
     value = x.new_empty(*shape)
     gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)
     _gated_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
@@ -289,7 +302,8 @@ def merged(
 
     That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant.
     """
-    blocks, shape, arguments = _forward(x, weight, denominators, stride, precision, blocks)
+    held = 4 if other.linear and denominators.groups == 2 else denominators.stacks
+    blocks, shape, arguments = _forward(x, weight, denominators, stride, precision, blocks, held)
     result = x.new_empty(*shape)
     gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)
     other_end = None
@@ -308,8 +322,9 @@ def merged(
 
 
 def _forward(
-    x: Tensor, weight: Tensor, denominators: Denominators, stride: int, precision: Precision, blocks: Blocks | None
-) -> tuple[Blocks, tuple[int, int, int, int], dict[str, Any]]:
+    x: Tensor, weight: Tensor, denominators: Denominators, stride: int, precision: Precision, blocks: Blocks | None,
+    held: int,
+) -> tuple[Blocks, tuple[int, int, int, int], dict[str, Any]]:  # fmt: skip
     """The blocks, the result's shape (N, Ho, Wo, C) and the arguments that both forward kernels take."""
     if denominators.stabilizer == "guard":
         raise ValueError(
@@ -321,7 +336,7 @@ def _forward(
     shape = (images, (height - 1) // stride + 1, (width - 1) // stride + 1, columns)
     rows = images * shape[1] * shape[2]
     if blocks is None:
-        blocks = candidates(rows, columns, inner, denominators.stacks, x.dtype, precision)[0]
+        blocks = candidates(rows, columns, inner, held, x.dtype, precision)[0]
     sizes = {"row_count": rows, "height": height, "width": width, "out_height": shape[1], "out_width": shape[2]}
     return blocks, shape, {
         **sizes, "C": columns, "K": inner, "STRIDE": stride, "STACKS": denominators.stacks, **denominators.arguments(),

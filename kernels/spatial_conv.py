@@ -48,15 +48,15 @@ Pair = tuple[int, int]
 #         rows columns inner warps stages
 TABLE: dict[tuple[str, int], list[tuple[int, int, int, int, int]]] = {
     ("half", 1): [(128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 4)],
-    ("half", 2): [(128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (128, 32, 64, 4, 4)],
+    ("half", 2): [(128, 64, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4)],
     ("half", 4): [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 64, 64, 8, 3)],
     ("half", 6): [(64, 64, 64, 8, 3), (64, 32, 64, 4, 4)],
     ("tf32", 1): [(128, 64, 32, 8, 4), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4)],
-    ("tf32", 2): [(128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4)],
+    ("tf32", 2): [(128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 4)],
     ("tf32", 4): [(128, 32, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("tf32", 6): [(64, 64, 32, 8, 4), (64, 32, 32, 4, 4)],
     ("ieee", 1): [(64, 64, 16, 4, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3)],
-    ("ieee", 2): [(64, 64, 16, 8, 3), (128, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
+    ("ieee", 2): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
     ("ieee", 4): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
     ("ieee", 6): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
 }
@@ -137,10 +137,10 @@ def convolved(
 @triton.jit
 def _gated_kernel(
     x_ptr, weight_ptr, bias_ptr, value_ptr, gate_ptr,
-    row_count, height, width, out_height, out_width, channels, K, C, columns_of_group, epsilon, high, low,
+    row_count, height, width, out_height, out_width, channels, K, C, columns_of_group, epsilon, gamma,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
-    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr, OVER_VALUE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -154,18 +154,16 @@ def _gated_kernel(
         value = tl.maximum(value, 0.0)
     tl.store(value_ptr + rows * C + columns, value, mask=inside)
     numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
-    store_gates(
-        gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, 0.0, high, low, KIND, STABILIZER, MASKED
-    )
+    store_gates(gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, 0.0, gamma, KIND, STABILIZER)
 
 
 @triton.jit
 def _merged_kernel(
     x_ptr, weight_ptr, bias_ptr, branch_ptr, branch_bias_ptr, merged_ptr, gate_ptr, other_ptr,
-    row_count, height, width, out_height, out_width, channels, K, C, columns_of_group, epsilon, high, low,
+    row_count, height, width, out_height, out_width, channels, K, C, columns_of_group, epsilon, gamma,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
-    KIND: tl.constexpr, STABILIZER: tl.constexpr, MASKED: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr, SPLIT: tl.constexpr, IS_RESIDUAL: tl.constexpr,
     OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
@@ -180,7 +178,7 @@ def _merged_kernel(
     )
     store_merge(
         first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
-        epsilon, 0.0, 0.0, high, low, KIND, STABILIZER, MASKED, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
+        epsilon, 0.0, 0.0, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
     )  # fmt: skip
 
 

@@ -325,6 +325,8 @@ class LRP:
         begin, classes, single = self._start(output, targets, start)
         maps = begin.shape[0]
         r, at = runner.backward(tape, begin.flatten(0, 1))
+        if self.backend == "triton" and not relevance and r.ndim == 4 and r.shape[1] > 1:
+            r = _triton().channel_sum(r).unsqueeze(1)
         found = {name: at[index].unflatten(0, (maps, -1)) for name, index in observed.items()}
         return _assemble(r.unflatten(0, (maps, -1)), found, output, classes, begin, single, relevance)
 

@@ -6,6 +6,7 @@ maximum stays. Neither torchvision nor matplotlib is imported before something i
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import numpy as np
@@ -39,6 +40,10 @@ def heat_quantize(heatmap: Tensor, levels: int = 8) -> Tensor:
     _check_maps(heatmap)
     if heatmap.shape.numel() == 0:
         return heatmap.clone()
+    if heatmap.is_cuda and heatmap.dtype == torch.float32 and importlib.util.find_spec("triton"):
+        from lrp_fast.backends.triton import quantize
+
+        return quantize(heatmap, levels)  # the same levels, in two passes over the map
     flat = heatmap.reshape(-1, heatmap.shape[-2] * heatmap.shape[-1])
     ladder = _ladder(flat, levels)
     index = torch.searchsorted(ladder, flat.contiguous(), right=True) - 1

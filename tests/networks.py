@@ -68,3 +68,24 @@ class CifarResNet(nn.Module):
         out = self.blocks(F.relu(self.bn1(self.conv1(x))))
         out = F.avg_pool2d(out, out.size()[3])
         return self.linear(out.view(out.size(0), -1))
+
+
+def vgg(pool: type[nn.Module] = nn.MaxPool2d, hidden: int = 64, classes: int = 10) -> nn.Sequential:
+    """VGG-11 but for its last stage, with batch norm; a small head, with a hidden layer or (0) without one."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for planes, count in ((64, 1), (128, 1), (256, 2), (512, 2)):
+        for _ in range(count):
+            layers += [nn.Conv2d(inputs, planes, 3, padding=1), nn.BatchNorm2d(planes), nn.ReLU()]
+            inputs = planes
+        layers.append(pool(2))
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    if hidden:
+        layers += [nn.Linear(inputs, hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(hidden or inputs, classes))
+
+
+def without_winners(model: nn.Module) -> nn.Module:
+    """A torchvision ResNet with an average pool behind its stem."""
+    model.maxpool = nn.AvgPool2d(3, 2, 1)
+    return model

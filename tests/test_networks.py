@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_tensor
 
 from lrp_fast import LRP, list_composites, reference
 from lrp_fast.trace import parameter_table
-from networks import CifarResNet, calibrated
+from networks import CifarResNet, calibrated, vgg, without_winners
 
 POSITIVE = ("otsuki2024", "conserving")
 SPLITS = ("ratio", "symmetric", "residual-only")
@@ -34,6 +34,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vgg16_bn": (lambda: torchvision.models.vgg16_bn(num_classes=10), 64),
     "resnet50d": (lambda: _timm("resnet50d"), 97),
     "cifar20": (lambda: CifarResNet(3), 65),
+    "vgg_small_head": (vgg, 16),
+}
+
+# Networks in which no unit decides anything: no winner in a window, no hidden layer under the rule ε, whose relevance jumps
+# where a unit starts to fire. What is left of a difference is rounding, and it is small for every image.
+CONTINUOUS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet18_average": (lambda: without_winners(torchvision.models.resnet18(num_classes=10)), 65),
+    "resnet50_average": (lambda: without_winners(torchvision.models.resnet50(num_classes=10)), 65),
+    "vgg_average": (lambda: vgg(nn.AvgPool2d, hidden=0), 32),
+    "cifar20": NETWORKS["cifar20"],
 }
 
 
@@ -46,7 +56,7 @@ def network(networks: dict[str, nn.Module], name: str) -> nn.Module:
     if name not in networks:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(11)
-            networks[name] = calibrated(NETWORKS[name][0](), 11)
+            networks[name] = calibrated((NETWORKS | CONTINUOUS)[name][0](), 11)
     return networks[name]
 
 
@@ -56,8 +66,8 @@ def errors(got: Tensor, expected: Tensor) -> Tensor:
     return difference / expected.double().flatten(1).norm(dim=1)
 
 
-@pytest.mark.parametrize("composite", [name for name in list_composites() if name != "epsilon"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("composite", list(list_composites()))
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "vgg_small_head"])
 def test_against_the_reference(networks: dict[str, nn.Module], name: str, composite: str) -> None:
     model, side = network(networks, name), NETWORKS[name][1]
     images = torch.randn(3, 3, side, side)
@@ -69,32 +79,62 @@ def test_against_the_reference(networks: dict[str, nn.Module], name: str, compos
     if composite in POSITIVE:
         assert float(found.max()) <= 1e-5
         return
-    # One unit within float32's rounding of zero, or one near-tie in a max-pool, costs an image more, and on an
-    # untrained VGG most images meet one; in float64 no image may be off.
-    assert float(found.min()) <= 1e-3
     precise = LRP(model, composite, dtype=torch.float64).explain(images, start="one")
-    assert float(errors(precise.relevance, expected.relevance).max()) <= 1e-6
+    assert float(errors(precise.relevance, expected.relevance).max()) <= 1e-8
+    # Where float32 decides otherwise than float64 (which element of a window is the maximum, whether a unit of a merge or
+    # of a hidden dense layer fires), the map changes by that unit's share. How often, the two tests below bound.
+    assert float(found.max()) <= 1e-1
 
 
-@pytest.mark.parametrize("composite", ["epsilon", "epsilon_alpha2_beta1", "epsilon_gamma_box"])
-def test_cancellation_costs_no_more_than_plain_float32(networks: dict[str, nn.Module], composite: str) -> None:
-    """Where float32 itself falls short of 1e-3 (units within the stabilizer of zero), ours is not worse than plain."""
-    model = network(networks, "cifar20")
-    images = torch.randn(32, 3, 32, 32)
+@pytest.mark.parametrize("composite", [name for name in list_composites() if name not in (*POSITIVE, "epsilon")])
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_float32_where_nothing_is_decided(networks: dict[str, nn.Module], name: str, composite: str) -> None:
+    """The split by magnitudes and pools without a winner leave no jumps: every image is as good as float32 can be."""
+    model, side = network(networks, name), CONTINUOUS[name][1]
+    images = torch.randn(4, 3, side, side)
+    expected = LRP(model, composite, "ratio", backend="reference").explain(images)
+    got = LRP(model, composite, "ratio").explain(images)
+    assert float(errors(got.relevance, expected.relevance).max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "composite", "factor"),
+    [
+        ("cifar20", "epsilon", 1),
+        ("cifar20", "epsilon_alpha2_beta1", 2),
+        ("cifar20", "epsilon_gamma_box", 2),
+        ("vgg_small_head", "epsilon", 1),
+        ("vgg_small_head", "epsilon_plus", 2),
+        ("vgg_small_head", "epsilon_alpha2_beta1", 2),
+        ("vgg_small_head", "epsilon_gamma_box", 2),
+    ],
+)
+def test_cancellation_costs_no_more_than_plain_float32(
+    networks: dict[str, nn.Module], name: str, composite: str, factor: float
+) -> None:
+    """Decisions fall differently in either evaluation; over many images ours is not worse than a plain one."""
+    model, side = network(networks, name), min(32, NETWORKS[name][1])
+    images = torch.randn(32, 3, side, side)
     explainer = LRP(model, composite)
     expected = LRP(model, composite, backend="reference").explain(images, start="one")
-    parameters = parameter_table(model, explainer.plan)
+    # In the memory format that ours computes in: a CPU's convolutions round more with their channels last.
+    table = parameter_table(model, explainer.plan)
+    parameters = {
+        path: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+        for path, value in table.items()
+    }
     assignments = explainer.composite.assign(explainer.plan)
     with torch.no_grad():
-        values = reference.forward(explainer.plan, parameters, images)
+        values = reference.forward(explainer.plan, parameters, images.contiguous(memory_format=torch.channels_last))
         start = nn.functional.one_hot(expected.target, 10).float()
         plain = reference.backward(explainer.plan, parameters, assignments, "fold", values, start)
     assert plain.relevance[0].dtype == torch.float32
-    ours = errors(explainer.explain(images).relevance, expected.relevance)
+    ours = errors(explainer.explain(images, start="one").relevance, expected.relevance)
     theirs = errors(plain.relevance[0], expected.relevance)
-    # The geometric mean: single units flipping sides of zero make the errors heavy-tailed in either evaluation.
-    assert float(ours.log().mean().exp()) <= 2 * float(theirs.log().mean().exp())
-    assert float(ours.median()) <= 1e-3
+    # At most one image in eight meets a decision that costs it more than 1e-3.
+    assert int((ours > 1e-3).sum()) <= 4
+    # The geometric mean: what single decisions cost makes the errors heavy-tailed in either evaluation.
+    assert float(ours.log().mean().exp()) <= factor * float(theirs.log().mean().exp())
 
 
 @pytest.mark.parametrize("composite", POSITIVE)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrp_fast.backends.triton as backend
-from lrp_fast import LRP, Composite, Splits, list_composites
+from lrp_fast import LRP, Composite, Splits, heat_quantize, list_composites
 from lrp_fast.backends.triton import choice as choice_module
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
 from lrp_fast.backends.triton.launch import OPERATORS
@@ -333,8 +333,14 @@ def test_operators_fit_their_fake_implementations(model: nn.Module, images: Tens
     with Checked():
         for composite in ("otsuki2024", "conserving", "epsilon_gamma_box"):
             LRP(model, composite, backend="triton").explain(images, relevance=False)
-    spatial = {name for name in OPERATORS if name.startswith("spatial")}
-    assert seen == set(OPERATORS) - spatial - {"channel_sum", "quantize"}
+        backend.quantize(torch.randn(2, 5, 7, device=DEVICE), 8)
+    assert seen == {name for name in OPERATORS if not name.startswith("spatial")}
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 13, 11), (2, 3, 6, 5)])
+def test_heat_quantization_is_the_packages(shape: tuple[int, ...]) -> None:
+    heatmap = torch.randn(shape)
+    assert torch.equal(backend.quantize(heatmap.to(DEVICE), 5).cpu(), heat_quantize(heatmap, 5))
 
 
 def test_refusals(model: nn.Module) -> None:

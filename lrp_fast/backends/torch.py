@@ -203,10 +203,13 @@ class LinearOperation:
         for term in dict.fromkeys(wanted):
             relatives = {t.weight for t in wanted if (t.input, t.own) == (term.input, term.own)}
             whole_maps = all(t.bias in (t.weight, None) for t in wanted if (t.input, t.own) == (term.input, term.own))
-            if len(relatives) > 2 and whole_maps and isinstance(term.weight, Part):
+            if len(relatives) > 2 and NEGATIVE not in relatives and whole_maps and isinstance(term.weight, Part):
+                # γ: all are W and W⁺ combined, with one sign where the mask lets them count. Never W⁺ + W⁻ for the
+                # layer's own output: what the two cancel costs float32 one to two digits of every layer behind.
+                whole = Term(term.input, term.own, WHOLE, WHOLE if term.bias is not None else None)
                 plus = Term(term.input, term.own, POSITIVE, POSITIVE if term.bias is not None else None)
-                minus = Term(term.input, term.own, NEGATIVE, NEGATIVE if term.bias is not None else None)
-                self.recipes[term] = ((term.weight.positive, plus), (term.weight.negative, minus))
+                factors = ((term.weight.negative, whole), (term.weight.positive - term.weight.negative, plus))
+                self.recipes[term] = tuple((factor, basis) for factor, basis in factors if factor)
             else:
                 self.recipes[term] = ((1.0, term),)
         evaluated = dict.fromkeys(term for recipe in self.recipes.values() for _, term in recipe)

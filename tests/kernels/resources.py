@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -38,7 +38,9 @@ DTYPES: dict[str, tuple[torch.dtype, pointwise_conv.Precision]] = {
     "fp32": (torch.float32, "ieee"),
 }
 """A dtype by name, and what products of it are computed in."""
-TILES = "ROWS COLUMNS INNER PARTS EVEN_K OTHER_EVEN_K BLOCK BLOCK_ROWS BLOCK_COLUMNS EIGHTH".split()
+SAME = {
+    "ROWS", "COLUMNS", "INNER", "PARTS", "EVEN_K", "OTHER_EVEN_K", "BLOCK", "BLOCK_ROWS", "BLOCK_COLUMNS", "EIGHTH"
+}  # fmt: skip
 """Constants that belong to a tile or a size; what differs in others is another variant of a kernel."""
 HEAVIEST = (
     "gate.gate 28² 128, γ",
@@ -106,11 +108,15 @@ def resources(mode: Mode, *dtypes: str) -> list[Row]:
 # In the process that compiles -----------------------------------------------------------------------------------------
 
 
-def variant(launch: Launch) -> tuple[object, ...]:
-    """A kernel and its constants, but for its tile."""
-    constants = (parameter.name for parameter in launch.kernel.params if parameter.is_constexpr)
-    kept = tuple((name, launch.arguments[name]) for name in constants if name not in TILES)
-    return launch.kernel.__module__, launch.kernel.__name__, kept
+def identity(mode: Mode, case: KernelCase, launch: Launch) -> tuple[object, ...]:
+    """What launches share that need not both be compiled: the code, or under ``heaviest`` the variant of a kernel."""
+    if mode != "heaviest":
+        return source_of(launch).hash(), str(launch.options)
+    constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    kept = {name: launch.arguments[name] for name in constants - SAME}
+    if kept.get("STABILIZER") != "guard":
+        kept.pop("STABILIZER", None)  # the others differ in an addition
+    return case.kernel, launch.kernel.__name__, frozenset(kept.items())
 
 
 def row_of(case: KernelCase, dtype: str, launch: Launch, capability: int) -> Row:
@@ -152,27 +158,31 @@ def with_candidate(place: int, capability: int, run: Callable[[], object]) -> No
             raise LookupError
         return found[place:]
 
-    own = {"capability": capability}
-    places = (
-        (pointwise_conv, "candidates", own), (spatial_conv, "candidates", {}), (spatial_conv, "stem_candidates", {}),
-    )  # fmt: skip
+    none: dict[str, int] = {}
+    launchers = (
+        (pointwise_conv, "candidates", {"capability": capability}),
+        (spatial_conv, "candidates", none),
+        (spatial_conv, "stem_candidates", none),
+    )
     with ExitStack() as stack, suppress(LookupError):
-        for module, name, options in places:
+        for module, name, options in launchers:
             stack.enter_context(mock.patch.object(module, name, partial(shifted, getattr(module, name), options)))
         run()
 
 
 def rows(mode: Mode, dtypes: list[str]) -> Iterator[Row]:
-    """Everything a mode compiles, each launch once."""
-    seen: set[object] = set()
+    """Everything a mode compiles, each launch once; under ``cases`` equal launches of others have their rows too."""
+    done: dict[object, Row] = {}
     for dtype, capability in product(dtypes or DTYPES, CAPABILITIES):
         cases = [case for case in kernel_cases() if wanted(mode, case, dtype, capability)]
         for case in sorted(cases, key=lambda case: case.name not in HEAVIEST):
             for launch in launches(mode, case, dtype, capability):
-                kind = variant(launch) if mode == "heaviest" else (source_of(launch).hash(), str(launch.options))
-                if (dtype, capability, kind) not in seen:
-                    seen.add((dtype, capability, kind))
-                    yield row_of(case, dtype, launch, capability)
+                key = dtype, capability, *identity(mode, case, launch)
+                if key not in done:
+                    done[key] = row_of(case, dtype, launch, capability)
+                    yield done[key]
+                elif mode == "cases":
+                    yield replace(done[key], case=case.name, kernel=case.kernel)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ SMALL = (8, 16)
 OWN = Denominators("own", 0.25)
 POSITIVE = Denominators("stacked", 1e-5, "vanishing")
 GUARDED = Denominators("stacked", stabilizer="guard")
-ALPHA_BETA = Denominators("signs", 0.25, high=1.0, low=0.0)
-GAMMA = Denominators("signs", 0.25, high=1.25, low=1.0, masked=True)
+ALPHA_BETA = Denominators("signs", 0.25)
+GAMMA = Denominators("gamma", 0.25, gamma=0.75)
 RULES = {
     "epsilon": OWN,
     "positive": POSITIVE,
@@ -87,6 +87,9 @@ def drawn_stack(denominators: Denominators, *shape: int, dtype: torch.dtype = to
         return own.to(dtype), bias
     if denominators.kind == "stacked":
         return torch.cat([own, normal(*shape).abs() + 0.5], -1).to(dtype), torch.cat([bias, bias / 4])
+    if denominators.kind == "gamma":
+        plus = torch.cat([own, own.clamp(min=0) + normal(*shape).abs()], -1)
+        return plus.to(dtype), torch.cat([bias, bias.clamp(min=0)])
     signs = torch.cat([own.clamp(min=0) + 0.1, -normal(*shape).abs() - 0.1], -1)
     return signs.to(dtype), torch.cat([bias.clamp(min=0), bias.clamp(max=0)])
 
@@ -99,10 +102,10 @@ def defined_stack(raw: Tensor, bias: Tensor | None, denominators: Denominators) 
     first, second = whole.chunk(2, -1)
     if denominators.kind == "stacked":
         return first, [second]
-    return first + second, [
-        denominators.high * first + denominators.low * second,
-        denominators.low * first + denominators.high * second,
-    ]
+    if denominators.kind == "gamma":
+        gamma = denominators.gamma
+        return first, [first + gamma * second, (1 + gamma) * first - gamma * second]
+    return first + second, [first, second]
 
 
 def defined_gates(
@@ -120,7 +123,7 @@ def defined_gates(
         stabilized = z_g + denominators.epsilon * sign
         if denominators.stabilizer == "vanishing":
             stabilized = torch.where(stabilized == 0, denominators.epsilon, stabilized)
-        mask = (own > 0, own < 0)[index] if denominators.masked else torch.ones_like(own)
+        mask = (own > 0, own < 0)[index] if denominators.kind == "gamma" else torch.ones_like(own)
         gates.append(mask * numerator / stabilized)
     return torch.cat(gates, -1)
 
@@ -266,13 +269,13 @@ def arrivals() -> dict[str, Arrival]:
     value, one, other = normal(*IMAGES), normal(*IMAGES), normal(*IMAGES)
     pair = normal(*IMAGES[:-1], 48)
     return {
-        "alone": Arrival(),
+        "alone": Arrival((End(),)),
         "scaled": Arrival((End(scale=0.5), End(scale=-2.0))),
-        "value": Arrival(value=value),
+        "value": Arrival((End(),), value=value),
         "previous": Arrival((End(one),), previous=normal(*SHAPE)),
-        "value of both": Arrival(value=value, previous=normal(*SHAPE)),
+        "value of both": Arrival((End(),), value=value, previous=normal(*SHAPE)),
         "strided": Arrival((End(one),), value=value, previous=normal(4, 3, 2, 24), previous_stride=2),
-        "strided by three": Arrival(previous=normal(4, 2, 1, 24), previous_stride=3),
+        "strided by three": Arrival((End(),), previous=normal(4, 2, 1, 24), previous_stride=3),
         "dense": Arrival((End(one), End(other)), value=value, dense=normal(*SHAPE)),
         "even": Arrival((End(one),), value=value, even=normal(*SHAPE[:-1])),
         "parts": Arrival((End(one, part="alive"), End(one, part="dead")), dense=normal(*SHAPE)),

@@ -116,7 +116,7 @@ def test_arrivals_without_a_message(case: str) -> None:
     arrival = arrivals()[case]
     agree_all(arrive(None, arrival, block=SMALL), settled(None, arrival, SHAPE), 1e-5)
     with pytest.raises(ValueError, match="neither acc nor"):
-        arrive(None, Arrival(value=arrival.value))
+        arrive(None, Arrival((End(),), value=arrival.value))
 
 
 def test_arrivals_of_rows_without_a_plane() -> None:

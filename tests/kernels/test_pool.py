@@ -193,7 +193,7 @@ def arrivals_at(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> d
     images = (shape[0] // 2, *shape[1:])
     pair = normal(*images[:-1], 2 * shape[-1], dtype=dtype)
     return {
-        "alone": Arrival(),
+        "alone": Arrival((End(),)),
         "gate": Arrival((End(normal(*images, dtype=dtype)),)),
         "everything": Arrival(
             (End(pair, groups=2), End(scale=0.5)), value=normal(*images, dtype=dtype),
@@ -218,7 +218,7 @@ def test_relevance_goes_to_the_winner(name: str) -> None:
     relevance = normal(4, *pool.out_size, 24)
     height, width = pool.size
     acc = scattered(relevance, defined_maxima(x, pool)[1], pool)
-    for arrival in arrivals_at((4, *pool.size, 24)).values() if name == "resnet" else [Arrival()]:
+    for arrival in arrivals_at((4, *pool.size, 24)).values() if name == "resnet" else [Arrival((End(),))]:
         got = winner_backward(relevance, winner, arrival, **pool.window, height=height, width=width, block=MEDIUM)
         agree_all(got, settled(acc, arrival, acc.shape), 1e-5)
 
@@ -227,7 +227,7 @@ def test_relevance_to_winners_is_the_same_every_time() -> None:
     x, relevance = normal(1, *RESNET.size, 24), normal(1, *RESNET.out_size, 24)
     _, winner = winner_pool(x, **RESNET.window, out_size=RESNET.out_size)
     first, second = (
-        winner_backward(relevance, winner, Arrival(), **RESNET.window, height=7, width=6, block=block)[0]
+        winner_backward(relevance, winner, Arrival((End(),)), **RESNET.window, height=7, width=6, block=block)[0]
         for block in (MEDIUM, None)
     )
     assert torch.equal(first, second)
@@ -248,7 +248,7 @@ def test_relevance_goes_to_the_block(name: str, divisor: int | None) -> None:
     pool = POOLS[name]
     s, (height, width) = normal(4, *pool.out_size, 24), pool.size
     acc = over_blocks(s, pool, divisor)
-    for arrival in arrivals_at((4, *pool.size, 24)).values() if name == "resnet" else [Arrival()]:
+    for arrival in arrivals_at((4, *pool.size, 24)).values() if name == "resnet" else [Arrival((End(),))]:
         got = block_backward(
             s, arrival, stride=pool.stride, height=height, width=width, divisor=divisor or "present", block=MEDIUM
         )
@@ -257,13 +257,13 @@ def test_relevance_goes_to_the_block(name: str, divisor: int | None) -> None:
 
 def test_a_global_average_hands_its_relevance_to_the_whole_plane() -> None:
     s, value = normal(4, 1, 1, 40), normal(2, 3, 5, 40)
-    (got,) = block_backward(s, Arrival(value=value), stride=(3, 5), height=3, width=5)
+    (got,) = block_backward(s, Arrival((End(),), value=value), stride=(3, 5), height=3, width=5)
     agree(got, s.double() / 15 * torch.cat([value.double()] * 2), 1e-5)
 
 
 def test_inputs_that_no_output_answers_for_get_nothing() -> None:
     s = normal(2, 2, 1, 24)  # of 5 × 3 inputs, those of the last row and column
-    (got,) = block_backward(s, Arrival(), stride=(2, 2), height=5, width=3, divisor=4, block=SMALL)
+    (got,) = block_backward(s, Arrival((End(),)), stride=(2, 2), height=5, width=3, divisor=4, block=SMALL)
     assert not got[:, 4].any()
     assert not got[:, :, 2].any()
     agree(got[:, :4, :2], s.double().repeat_interleave(2, 1).repeat_interleave(2, 2) / 4, 1e-5)

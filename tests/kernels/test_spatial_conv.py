@@ -31,7 +31,7 @@ KINDS = {
     "stacked": Denominators("stacked", 1e-2, "vanishing"),
     "plain": Denominators("stacked", 1e-2, "plain"),
     "alpha-beta": Denominators("signs", 1e-2, "signed"),
-    "gamma": Denominators("signs", 1e-2, "signed", high=1.25, low=0.25, masked=True),
+    "gamma": Denominators("gamma", 1e-2, "signed", gamma=0.75),
 }
 
 # input channels, channels, groups, height, width, kernel, stride, padding, dilation
@@ -102,15 +102,14 @@ def own_and_gates(stacks: list[Tensor], denominators: Denominators) -> tuple[Ten
         return stacks[0], [1 / stabilized(stacks[0], denominators)]
     if denominators.kind == "stacked":
         return stacks[0], [1 / stabilized(stacks[1], denominators)]
-    own = stacks[0] + stacks[1]
-    high, low = denominators.high, denominators.low
-    gates = [
-        1 / stabilized(high * stacks[0] + low * stacks[1], denominators),
-        1 / stabilized(low * stacks[0] + high * stacks[1], denominators),
-    ]
-    if denominators.masked:
-        gates = [gates[0] * (own > 0), gates[1] * (own < 0)]
-    return own, gates
+    if denominators.kind == "gamma":
+        own, gamma = stacks[0], denominators.gamma
+        gates = [
+            1 / stabilized(own + gamma * stacks[1], denominators) * (own > 0),
+            1 / stabilized((1 + gamma) * own - gamma * stacks[1], denominators) * (own < 0),
+        ]
+        return own, gates
+    return stacks[0] + stacks[1], [1 / stabilized(stack, denominators) for stack in stacks]
 
 
 def layer(
@@ -125,7 +124,7 @@ def layer(
     fan = kernel[0] * kernel[1] * inputs // groups
     weights = [torch.rand(channels, *kernel, inputs // groups) / fan for _ in range(denominators.stacks)]
     biases = [torch.rand(channels) + 0.2 for _ in range(denominators.stacks)]
-    if denominators.kind == "stacked":
+    if denominators.kind in ("stacked", "gamma"):
         weights[0] = torch.randn(channels, *kernel, inputs // groups) / fan**0.5
         biases[0] = torch.randn(channels)
     elif denominators.kind == "signs":
@@ -177,7 +176,7 @@ def check_merged(
     stacks = convolution(x, weight, bias, denominators.stacks, where)
     own, gates = own_and_gates(stacks, denominators)
     raw = [(torch.rand_like(stack) + 0.2) * (-1 if k else 1) for k, stack in enumerate(stacks)]
-    if denominators.kind == "stacked":
+    if denominators.kind in ("stacked", "gamma"):
         raw = [torch.randn_like(raw[0]), torch.rand_like(raw[0])]
     raw = raw if linear else raw[:1]
     tensor = torch.cat(raw, -1).to(dtype)
@@ -370,7 +369,7 @@ def test_what_is_refused() -> None:
         gated(x, weight, bias, KINDS["own"], relu=True, over_value=True, **geometry(narrow))
     s, weight = messages(narrow, 1, 2)
     with pytest.raises(ValueError, match="2 groups of 12 input and 20 output channels"):
-        backward(s, pack_backward(weight, groups=2), Arrival(), height=5, width=5, **geometry(narrow))
+        backward(s, pack_backward(weight, groups=2), Arrival((End(),)), height=5, width=5, **geometry(narrow))
 
 
 @pytest.mark.gpu

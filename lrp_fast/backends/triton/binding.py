@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -31,14 +32,13 @@ from lrp_fast.backends.triton.passes import (
 from lrp_fast.kernels.common import SPLITS, Denominators, interpreted
 from lrp_fast.layers import AveragePool, Convolution, MaxPool, Shape
 from lrp_fast.plan import Unit
-from lrp_fast.rules import ZeroGuard
+from lrp_fast.rules import NEGATIVE, POSITIVE, WHOLE, ZeroGuard
 from lrp_fast.splits import get_split
 
 Served = Passes | str
 """A unit's passes, or why there are none."""
 
 Direction = Literal["forward", "backward"]
-Kind = Literal["own", "stacked", "signs"]
 Recipe = tuple[tuple[float, Term], ...]
 LIBRARY = Choice("library")
 
@@ -115,10 +115,20 @@ def _serve_linear(
         kind = StemLinear if fixed and layer.groups == 1 and not operation.masked else SettledLinear
         return kind(operation, unit.relu, over_value, x_shape[1:], shape)
     task = task_of(operation, denominators, x_shape, shape, precision)
-    choice = [choices.of(task(direction)) for direction in ("forward", "backward")]
-    if not has_wide_groups(layer, x_shape[1], shape[0]):
-        choice = [LIBRARY, LIBRARY]
-    return FusedLinear(operation, denominators, unit.relu, over_value, x_shape[1:], shape, precision, *choice)
+    onward, back = (choices.of(task(direction)) for direction in ("forward", "backward"))
+    wide = has_wide_groups(layer, x_shape[1], shape[0])
+    if rounds_parts(operation, denominators):
+        if not wide:
+            return "the parts of its output would be rounded to bfloat16 before they are summed"
+        onward = onward if onward.way == "fused" else Choice("fused")
+    if not wide:
+        onward, back = LIBRARY, LIBRARY
+    return FusedLinear(operation, denominators, unit.relu, over_value, x_shape[1:], shape, precision, onward, back)
+
+
+def rounds_parts(operation: LinearOperation, denominators: Denominators) -> bool:
+    """Whether a library's convolution would round two parts of the layer's own output before their sum cancels."""
+    return denominators.kind == "signs" and operation.dtype == torch.bfloat16
 
 
 def task_of(
@@ -169,26 +179,23 @@ def denominators_of(operation: LinearOperation) -> Denominators | str:
     guard = isinstance(operation.rule.stabilizer, ZeroGuard)
     if guard and isinstance(operation.layer, Convolution) and operation.layer.groups > 1:
         return "a zero-guard over groups of channels"
-    kind, high, low = _kind(recipes, evaluated)
-    if kind is None:
-        return f"its rule takes {len(evaluated)} stacked weights in a way no kernel does"
     stabilizer = operation.rule.stabilizer
     epsilon = 0.0 if isinstance(stabilizer, ZeroGuard) else stabilizer.epsilon
-    return Denominators(kind, epsilon, stabilizer_form(operation), high, low, operation.masked)
-
-
-def _kind(recipes: Sequence[Recipe], evaluated: Sequence[Term]) -> tuple[Kind | None, float, float]:
-    """Own output and groups as one of the kinds of :class:`Denominators`, with its high and low."""
+    form = stabilizer_form(operation)
+    weights = [term.weight for term in evaluated]
+    plain = all(recipe == ((1.0, term),) for recipe, term in zip(recipes, evaluated, strict=False))
     if len(evaluated) == 1 and len(recipes) == 2:
-        return "own", 1.0, 0.0
-    first, second = evaluated[0], evaluated[-1]
-    if len(evaluated) == 2 and recipes == [((1.0, first),), ((1.0, second),)]:
-        return "stacked", 1.0, 0.0
-    if len(evaluated) == 2 and len(recipes) == 3 and recipes[0] == ((1.0, first), (1.0, second)):
-        (high, low), (below, above) = ([factor for factor, _ in recipe] for recipe in recipes[1:])
-        if (high, low) == (above, below):
-            return "signs", high, low
-    return None, 0.0, 0.0
+        return Denominators("own", epsilon, form)
+    if len(evaluated) == len(recipes) == 2 and plain:
+        return Denominators("stacked", epsilon, form)
+    if weights == [WHOLE, POSITIVE, NEGATIVE] and len(recipes) == 3 and plain:
+        return Denominators("signs", epsilon, form)
+    if weights == [WHOLE, POSITIVE] and len(recipes) == 3 and operation.masked:
+        gamma = recipes[1][-1][0]
+        factors = [factor for recipe in recipes for factor, _ in recipe]
+        if len(factors) == 5 and all(map(math.isclose, factors, (1.0, 1.0, gamma, 1.0 + gamma, -gamma))):
+            return Denominators("gamma", epsilon, form, gamma)
+    return f"its rule takes {len(evaluated)} stacked weights in a way no kernel does"
 
 
 # Merges and pools -------------------------------------------------------------------------------------------------------
@@ -217,6 +224,8 @@ def _serve_merge(
         return "no branch ends in a linear layer read by the merge alone"
     if len({branch.denominators for branch in linears}) > 1:
         return "its branches end in different rules"
+    if len(linears) > 1 and any(rounds_parts(branch.operation, branch.denominators) for branch in linears):
+        return "the parts of a branch's output would be rounded to bfloat16 before they are summed"
     if any(branch.layer.groups > 1 and branch.denominators.stacks > 1 for branch in linears):
         return "a branch ends in a grouped convolution"
     return FusedMerge(operation, unit.relu, branches, shape)

@@ -34,6 +34,17 @@ def arrive(acc: Tensor | None, arrival: Arrival) -> list[Tensor]:
     return launch("arrive", [acc], arrival=arrival)
 
 
+def channel_sum(relevance: Tensor) -> Tensor:
+    """The sum over channels, N × H × W float32, of relevance N × C × H × W."""
+    return launch("channel_sum", [pack(relevance)])[0]
+
+
+def quantize(heatmap: Tensor, levels: int) -> Tensor:
+    """Heat quantization of maps … × H × W, float32 and finite, to one of ``levels`` levels each."""
+    maps = heatmap.reshape(-1, *heatmap.shape[-2:]).contiguous()
+    return launch("quantize", [maps], configuration(levels=levels))[0].reshape(heatmap.shape)
+
+
 def gate_ends(gates: Tensor, denominators: Denominators) -> Ends:
     """Through the gates of a linear layer; under a zero-guard what is alive and what is dead part."""
     if denominators.stabilizer == "guard":
@@ -51,6 +62,7 @@ class TritonPasses(Passes):
     over_value = False
     adds = False
     shape: Shape
+    dtype: torch.dtype
 
     @abstractmethod
     def ends(self, saved: object) -> Ends:
@@ -68,9 +80,9 @@ class TritonPasses(Passes):
         return Arrival(
             ends,
             None if self.over_value or value is None else pack(value),
-            None if previous is None else pack(previous),
+            None if previous is None else pack(previous.to(self.dtype)),
             stride,
-            None if arrived.dense is None else pack(arrived.dense.expand(-1, *self.shape)),
+            None if arrived.dense is None else pack(arrived.dense.to(self.dtype).expand(-1, *self.shape)),
             arrived.even,
         )
 
@@ -81,7 +93,7 @@ class TritonPasses(Passes):
         """One output for each end, by a pass of its own."""
         if arrived.product is not None or (arrived.acc is None and arrived.dense is None):
             arrived = Arrived(arrived.factored(self.shape), dense=arrived.added(self.shape))
-        acc = None if arrived.acc is None else pack(arrived.acc)
+        acc = None if arrived.acc is None else pack(arrived.acc.to(self.dtype))
         return arrive(acc, self.arrival(replace(arrived, acc=None), value, ends))
 
     def send_into(
@@ -116,7 +128,7 @@ class SettledLinear(TritonPasses):
 
     def __init__(self, operation: LinearOperation, relu: bool, over_value: bool, x_shape: Shape, shape: Shape) -> None:
         self.operation, self.relu, self.over_value = operation, relu, over_value
-        self.x_shape, self.shape = x_shape, shape
+        self.x_shape, self.shape, self.dtype = x_shape, shape, operation.dtype
         self.service = "torch, gates by triton"
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
@@ -199,6 +211,7 @@ class FusedLinear(TritonPasses):
         assert isinstance(layer, Convolution)
         self.operation, self.layer, self.denominators, self.guard = operation, layer, denominators, operation.guard
         self.relu, self.over_value, self.x_shape, self.shape = relu, over_value, x_shape, shape
+        self.dtype = operation.dtype
         self.precision, self.onward, self.back = precision, onward, back
         self.pointwise = is_pointwise(layer, operation)
         self.kernel = "pointwise" if self.pointwise else "spatial"
@@ -234,10 +247,13 @@ class FusedLinear(TritonPasses):
     def _pack(self) -> None:
         """Weights in the kernels' layouts, once."""
         operation, layer, stacks = self.operation, self.layer, self.operation.stacks["x"]
+        # The kernels sum W⁺ and W⁻ in float32, where the torch backend evaluates W beside them.
+        skipped = self.shape[0] if self.denominators.kind == "signs" else 0
         self.bias = None
         if any(bias is not None for _, _, bias in stacks):
-            self.bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for _, w, b in stacks])
-        weight = torch.cat([weight for _, weight, _ in stacks])  # S · C × Cin / groups × kh × kw
+            biases = [w.new_zeros(w.shape[0]) if b is None else b for _, w, b in stacks]
+            self.bias = torch.cat(biases)[skipped:]
+        weight = torch.cat([weight for _, weight, _ in stacks])[skipped:]  # S · C × Cin / groups × kh × kw
         self.library_weight = weight
         if layer.groups > 1 and self.denominators.stacks > 1:
             # One convolution serves both stacks if the outputs of a group lie side by side.
@@ -346,7 +362,7 @@ class FusedMerge(TritonPasses):
         self.other = 1 - self.this
         last = self.branches[self.this]
         assert last is not None
-        self.last, self.beside = last, self.branches[self.other]
+        self.last, self.beside, self.dtype = last, self.branches[self.other], last.dtype
         split = operation.split.name
         values = {
             "denominators": last.denominators, "split": split, "relu": relu,
@@ -411,7 +427,7 @@ class FusedPool(TritonPasses):
     """A pool that shares relevance in proportion, over blocks: a max-pool's, or windows that do not overlap."""
 
     def __init__(self, operation: ProportionalPool, block: tuple[int, ...], x_shape: Shape, shape: Shape) -> None:
-        self.operation, self.x_shape = operation, x_shape
+        self.operation, self.x_shape, self.dtype = operation, x_shape, operation.dtype
         self.shape = (*shape, 1, 1)[:3] if len(shape) < 3 else shape
         self.guard = operation.stabilizer if isinstance(operation.stabilizer, ZeroGuard) else None
         height, width = x_shape[1:]

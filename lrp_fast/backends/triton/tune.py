@@ -62,10 +62,20 @@ def _candidates(layer: FusedLinear, direction: Direction, batch: int) -> Iterato
     columns, inner = (outputs, inputs) if forward else (inputs, outputs * layer.denominators.groups)
     precision: Any = layer.precision
     if layer.pointwise:
-        blocks = pointwise_conv.candidates(batch * height * width, columns, inner, stacks, dtype, precision)
+        capability = _capability(layer.packed.device)
+        rows = batch * height * width
+        blocks = pointwise_conv.candidates(rows, columns, inner, stacks, dtype, precision, capability)
     else:
         blocks = spatial_conv.candidates(columns // groups, inner // groups, stacks, dtype, precision)
     yield from (Choice("fused", one) for one in blocks)
+
+
+def _capability(device: torch.device) -> int:
+    """Such as 90; of a CPU, whose kernels are interpreted, that of the oldest GPU served."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _work(layer: FusedLinear, direction: Direction, batch: int) -> Callable[[], object]:

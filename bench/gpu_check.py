@@ -1,0 +1,207 @@
+"""GPU tests, the kernel table and the whole-network table, on this machine's CUDA device, within a time budget.
+
+    python3 bench/gpu_check.py [--minutes 8] [--full] [--resume] [--dry-run] [--output FOLDER] [--no-tests] …
+
+Runs from a raw checkout and needs torch, triton, torchvision and pytest; zennit and captum are compared with where they
+can be imported. Writes at most five files to ``--output``, ``$OUT`` or ``bench/results``, again after every measurement, so
+that an interrupted run loses nothing. Exit code 0: all parity checks and GPU tests passed; 1: one did not; 2: there is no
+CUDA device; 130: interrupted. Missed targets and whatever time did not suffice for are entries, not failures.
+
+``--full``: every network, batch, precision, composite and compiled column, without a time limit unless ``--minutes`` sets
+one; what an earlier run of the same code measured is kept, here and with ``--resume``. ``--dry-run``: everything in
+miniature on the CPU, with interpreted kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
+
+PACKAGES = ("torch", "triton", "torchvision", "zennit", "captum")
+TESTS = ("-m", "gpu", "-q", "tests")
+STAGES = ("tests", "ahead", "kernels", "networks", "tune")
+TESTS_SHARE, KERNELS_SHARE = 0.35, 0.5
+"""The shares of the budget that are spent when the GPU tests, and then the kernel table, must have ended."""
+INTERRUPTED = 130
+MOST_RESTARTS = 20
+"""New processes after a kernel that made the device unusable for the one that launched it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, find the device, run the stages; returns the exit code."""
+    options = parse(arguments)
+    if options.dry_run:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+
+    from timing import Cuda, Host
+
+    if options.ahead:
+        return _run_ahead(options.ahead)
+    if not options.dry_run and not torch.cuda.is_available():
+        print(
+            f"gpu_check: there is no CUDA device that torch {torch.__version__} can use; "
+            "--dry-run runs everything in miniature on the CPU",
+            file=sys.stderr,
+        )
+        return 2
+    return check(options, Host() if options.dry_run else Cuda())
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, help="time budget (default: 8, none with --full)")
+    parser.add_argument("--full", action="store_true", help="the full cross product; keeps what is measured already")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run of the same code measured")
+    parser.add_argument("--dry-run", action="store_true", help="everything in miniature on the CPU")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for the results (default: $OUT or bench/results)")
+    for stage in STAGES:
+        parser.add_argument(f"--no-{stage}", action="store_true", help=f"leave this out: {stage}")
+    parser.add_argument("--ahead", help=argparse.SUPPRESS)  # a job of compile-ahead, in a process of its own
+    parser.add_argument("--tests", type=shlex.split, default=TESTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.minutes is None:
+        options.minutes = math.inf if options.full else 8.0
+    if options.output is None:
+        default = tempfile.mkdtemp(prefix="gpu-check-") if options.dry_run else os.environ.get("OUT")
+        options.output = pathlib.Path(default or ROOT / "bench" / "results")
+    return options
+
+
+def check(options: argparse.Namespace, device: Any) -> int:
+    """Run the stages one after another; results are on disk after each."""
+    from report import Results
+    from timing import Budget, DeviceLostError
+
+    budget, versions, code = Budget(options.minutes), _versions(), _code()
+    # What is measured for choosing kernels belongs to this code alone.
+    os.environ.setdefault("LRP_FAST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / f"lrp_fast-gpu-check-{code}"))
+    results = Results(options.output, device.name, _short(versions), code)
+    if options.full or options.resume:
+        results.load()
+    results.run.update(
+        {
+            "environment": device.environment() | versions,
+            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        }
+    )
+    try:
+        _stages(options, device, results, budget)
+    except KeyboardInterrupt:
+        results.write()
+        print(f"interrupted; what was measured is in {results.table_path}", file=sys.stderr)
+        return INTERRUPTED
+    except DeviceLostError as error:
+        results.run["restarts"] = results.run.get("restarts", 0) + 1
+        results.write()
+        budget.say(f"the device answers no more: {error}")
+        if results.run["restarts"] > MOST_RESTARTS:
+            return 1
+        start_again(options, budget)
+    results.write()
+    print(results.table_path.read_text())
+    print(f"{budget.spent():.0f} s; written to {results.folder}")
+    return 1 if results.failures() else 0
+
+
+def _stages(options: argparse.Namespace, device: Any, results: Any, budget: Any) -> None:
+    from ahead import CompileAhead, jobs
+    from kernel_bench import measure_kernels
+    from network_bench import measure_networks
+
+    budget.say(f"{results.run['environment']}")
+    results.write()
+    with CompileAhead([] if device.dry or options.no_ahead else jobs()) as ahead:
+        if not options.no_tests:
+            budget.say("GPU tests")
+            results.run["tests"] = run_tests(options.tests, budget.remaining(TESTS_SHARE))
+            budget.say(results.run["tests"]["summary"])
+            results.write()
+        budget.say(f"compiled ahead: {ahead.wait(budget.remaining(TESTS_SHARE))}")
+    if not options.no_kernels:
+        budget.say("kernels")
+        measure_kernels(results, device, budget, KERNELS_SHARE, options.full)
+    if not options.no_networks:
+        budget.say("networks")
+        measure_networks(results, device, budget, not (options.no_tune or device.dry), options.full)
+    if not options.no_kernels:
+        measure_kernels(results, device, budget, 1.0, options.full)  # what was left out for the networks' sake
+
+
+def run_tests(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+    """pytest in a process of its own: its summary line and exit code."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pytest", *arguments]
+    timeout = None if math.isinf(seconds) else seconds
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"exit code": None, "summary": f"did not end within {seconds:.0f} s"}
+    lines = [line for line in done.stdout.splitlines() if line.strip()] or done.stderr.splitlines()[-1:]
+    found: dict[str, Any] = {"exit code": done.returncode, "summary": lines[-1] if lines else "no output"}
+    if done.returncode:
+        found["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:50]
+        print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
+    return found
+
+
+def start_again(options: argparse.Namespace, budget: Any) -> None:
+    """Replace this process by a new one that goes on from the results, in the time that is left."""
+    left = budget.remaining() / 60
+    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--resume", "--no-tests", "--no-ahead"]
+    command += ["--output", str(options.output), *(["--full"] if options.full else [])]
+    command += [] if math.isinf(left) else ["--minutes", f"{left:.2f}"]
+    command += [f"--no-{stage}" for stage in STAGES[2:] if getattr(options, f"no_{stage}")]
+    os.execv(sys.executable, command)
+
+
+def _run_ahead(job: str) -> int:
+    from ahead import run_job
+
+    run_job(job)
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that can be imported."""
+    import torch
+
+    found = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    return {"python": sys.version.split()[0]} | found | {"torch": torch.__version__}
+
+
+def _short(versions: dict[str, str]) -> str:
+    """For file names: torch's and triton's versions without what follows a plus sign."""
+    return "-".join(f"{name}{versions[name].split('+')[0]}" for name in ("torch", "triton") if name in versions)
+
+
+def _code() -> str:
+    """A fingerprint of the package and its kernels: measurements of other code are not mixed in."""
+    digest = hashlib.sha256()
+    package = [path for path in (ROOT / "lrp_fast").rglob("*.py") if "kernels" not in path.relative_to(ROOT).parts]
+    for path in sorted([*(ROOT / "kernels").glob("*.py"), *package]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

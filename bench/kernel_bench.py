@@ -1,0 +1,199 @@
+"""The kernel table: every kernel beside the same work in eager and compiled torch, and beside its floor.
+
+The floor of a kernel is ``max(bytes / copy bandwidth, FLOPs / matrix-product rate)``, both rates measured in the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from cases import KernelCase, Prepared, kernel_cases, small_cases
+from lrp_fast.precision import float32_precision
+from report import Cell, Results
+from timing import Budget, Device, OutOfTimeError, time_limit
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+BOUNDS = {"bfloat16": 2e-2, "float32": 2e-5, "tf32": 5e-3}
+"""The largest relative L2 difference between a kernel's outputs and eager torch's."""
+ROUNDED = ("αβ", "γ")
+"""In bfloat16, eager torch rounds the two stacks of these before it adds them up, which costs it 4e-2."""
+ROUNDED_BOUND = 8e-2
+BATCH, DRY_BATCH = 256, 2
+OTHERS = 6
+"""How many of the heaviest kernels are measured in float32 and TF32 too."""
+COMPILED = 4
+"""How many of the heaviest are compared with compiled torch."""
+COMPILING_SECONDS = 40.0
+SECONDS_EACH = 0.25
+"""For the repeats of one row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: a case in a precision."""
+
+    case: KernelCase
+    precision: str
+    compiled: bool
+
+    @property
+    def product(self) -> Literal["ieee", "tf32"]:
+        """How kernels multiply float32."""
+        return "tf32" if self.precision == "tf32" else "ieee"
+
+    @property
+    def key(self) -> str:
+        """The row by name."""
+        return f"{self.case.name}, {self.precision}"
+
+
+def measure_kernels(results: Results, device: Device, budget: Budget, share: float, full: bool = False) -> None:
+    """Measure the rows that are not there yet until ``share`` of the budget is spent."""
+    cells, rates = results.run["cells"], results.run.setdefault("rates", {})
+    for row in plan(device.dry, full):
+        if row.key in cells:
+            continue
+        if not budget.remaining(share):
+            results.leave_out(f"kernel {row.key}")
+            continue
+        _measure_rates(rates, device, row.precision)
+        cells[row.key] = measure_row(row, device, rates, budget.remaining(share))
+        results.take_in(f"kernel {row.key}")
+        results.write()
+        device.check()
+        device.free()
+
+
+def plan(dry: bool, full: bool) -> list[Row]:
+    """The rows: those of the default explanation first, the heaviest first."""
+    if dry:
+        smallest = {case.kernel: case for case in reversed(small_cases())}
+        return [Row(case, "float32", False) for case in smallest.values()]
+    cases = sorted(kernel_cases(), key=_weight, reverse=True)
+    rows = [Row(case, "bfloat16", full or rank < COMPILED) for rank, case in enumerate(cases)]
+    others = cases if full else cases[:OTHERS]
+    rows += [Row(case, precision, full) for precision in ("float32", "tf32") for case in others]
+    return rows
+
+
+def _weight(case: KernelCase) -> tuple[float, float]:
+    """About the seconds this kernel takes of an explanation on an H100, and of a single launch."""
+    prepared = case.build(torch.device("meta"), torch.bfloat16, BATCH, "ieee")
+    seconds = max(prepared.bytes / 3.0e12, prepared.flops / 8.0e14)
+    return case.count * seconds, seconds
+
+
+# One row ----------------------------------------------------------------------------------------------------------------
+
+
+def measure_row(row: Row, device: Device, rates: Cell, seconds: float) -> Cell:
+    """Parity first; a kernel that fails it gets no speed. Errors become entries."""
+    cell: Cell = {"kernel": row.case.kernel, "count": row.case.count, "precision": row.precision}
+    try:
+        with float32_precision(row.precision == "tf32"):
+            batch = DRY_BATCH if device.dry else BATCH
+            torch.manual_seed(0)
+            prepared = row.case.build(device.torch_device, DTYPES[row.precision], batch, row.product)
+            cell |= {"batch": batch, "bytes": prepared.bytes, "flops": prepared.flops} | _parity(prepared, row)
+            if "failed" not in cell:
+                cell |= _speed(prepared, device, rates, row.precision)
+                if row.compiled:
+                    cell |= _compiled(prepared, device, min(COMPILING_SECONDS, seconds))
+    except torch.cuda.OutOfMemoryError:
+        cell |= {"entry": "out of memory"}
+    except Exception as error:
+        cell |= {"entry": describe(error), "failed": True}
+    return cell
+
+
+def describe(error: Exception) -> str:
+    """An error on one line."""
+    lines = str(error).strip().splitlines()
+    return f"error: {type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _parity(prepared: Prepared, row: Row) -> Cell:
+    bound = BOUNDS[row.precision]
+    if row.precision == "bfloat16" and any(name in row.case.name for name in ROUNDED):
+        bound = ROUNDED_BOUND
+    with poisoned_outputs():
+        got = prepared.run()
+    error = difference(got, prepared.eager())
+    found: Cell = {"relative error": error, "bound": bound}
+    if not error <= bound:
+        found |= {"entry": f"FAILED: differs from eager torch by {error:.1e}, bound {bound:.0e}", "failed": True}
+    return found
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Whatever a launcher allocates holds NaN (integers: 200) before its kernel runs."""
+    fresh = Tensor.new_empty
+
+    def poisoned(like: Tensor, *shape: Any, **options: Any) -> Tensor:
+        empty = fresh(like, *shape, **options)
+        return empty.fill_(torch.nan if empty.is_floating_point() else 200)
+
+    with mock.patch.object(Tensor, "new_empty", poisoned):
+        yield
+
+
+def difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest relative L2 difference of any output; NaN if there is one."""
+    worst = 0.0
+    for one, other in zip(got, wanted, strict=True):
+        norm = float(torch.linalg.vector_norm(other.float(), dtype=torch.float64))
+        error = float(torch.linalg.vector_norm(one.float() - other.float(), dtype=torch.float64)) / norm
+        worst = error if not error <= worst else worst
+    return worst
+
+
+def _speed(prepared: Prepared, device: Device, rates: Cell, precision: str) -> Cell:
+    medians = device.medians({"kernel": prepared.run, "eager": prepared.eager}, SECONDS_EACH)
+    seconds = medians["kernel"]
+    floor = max(prepared.bytes / (1e9 * rates["copy GB/s"]), prepared.flops / (1e12 * rates[f"{precision} TFLOP/s"]))
+    return {
+        "seconds": seconds, "eager seconds": medians["eager"], "floor seconds": floor, "share": floor / seconds,
+        "gigabytes per second": prepared.bytes / seconds / 1e9, "teraflops": prepared.flops / seconds / 1e12,
+    }  # fmt: skip
+
+
+def _compiled(prepared: Prepared, device: Device, seconds: float) -> Cell:
+    """The eager work through torch.compile; what goes wrong there is an entry."""
+    try:
+        with time_limit(seconds):
+            torch.compiler.reset()  # past a number of recompilations, functions would silently stay uncompiled
+            compiled = torch.compile(prepared.eager, dynamic=False)
+            compiled()
+            return {"compiled seconds": device.medians({"compiled": compiled}, SECONDS_EACH)["compiled"]}
+    except OutOfTimeError:
+        return {"compiled entry": f"not within {seconds:.0f} s"}
+    except Exception as error:
+        return {"compiled entry": describe(error)}
+
+
+# Rates ------------------------------------------------------------------------------------------------------------------
+
+
+def _measure_rates(rates: Cell, device: Device, precision: str) -> None:
+    """GB/s of a copy, bytes read and written counted, and TFLOP/s of a matrix product in ``precision``."""
+    where = device.torch_device
+    if "copy GB/s" not in rates:
+        source = torch.ones(2**20 if device.dry else 2**31, dtype=torch.uint8, device=where)
+        target = torch.empty_like(source)
+        seconds = device.medians({"copy": lambda: target.copy_(source)}, SECONDS_EACH)["copy"]
+        rates["copy GB/s"] = 2 * source.numel() / seconds / 1e9
+    name = f"{precision} TFLOP/s"
+    if name not in rates:
+        side = 64 if device.dry else 8192
+        a, b = (torch.randn(side, side, device=where, dtype=DTYPES[precision]) for _ in range(2))
+        with float32_precision(precision == "tf32"):
+            seconds = device.medians({"product": lambda: a @ b}, SECONDS_EACH)["product"]
+        rates[name] = 2 * side**3 / seconds / 1e12

@@ -1,0 +1,303 @@
+"""The whole-network table: heatmaps a second of ResNets beside the forward pass, zennit and captum, parity first."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from kernel_bench import DTYPES, describe
+from lrp_fast import LRP, Attribution
+from lrp_fast.precision import float32_precision
+from peers import captum_explainer, zennit_explainer
+from report import OURS, Cell, Results
+from settings import Setting, columns_of, images, network, settings
+from timing import Budget, Device, OutOfTimeError, Run, time_limit
+
+SPEARMAN = 0.999
+REFERENCED = 4
+"""How many images of a batch are compared with the reference."""
+SAMPLE_SECONDS, ROUNDS_SECONDS = 0.03, 6.0
+TUNED, TUNING_SECONDS = 3, 90.0
+"""How many of the first settings are tuned when time is short, and for how long each."""
+FIRST_CALLS_SECONDS, COMPLETE_CALLS_SECONDS = 90.0, 900.0
+"""The most that a column's first calls, with what they compile, may take when time is short, and when it is not."""
+FEWEST_SECONDS = 8.0
+"""A setting is not begun with less."""
+PROFILED = 15
+
+# Runs -------------------------------------------------------------------------------------------------------------------
+
+
+def forward_pass(model: nn.Module, setting: Setting, x: Tensor, compiled: bool) -> Run:
+    """The model alone, in the compute dtype, channels last."""
+    plain = copy.deepcopy(model).to(x.dtype).to(memory_format=torch.channels_last)
+    run: Callable[[Tensor], Tensor] = torch.compile(plain, dynamic=False) if compiled else plain
+    return torch.no_grad()(lambda: run(x))
+
+
+def explainer_of(model: nn.Module, setting: Setting, **options: Any) -> LRP:
+    """Our explainer, in the setting's composite and precision."""
+    return LRP(model, setting.composite, dtype=DTYPES[setting.precision], tf32=setting.precision == "tf32", **options)
+
+
+def ours(model: nn.Module, setting: Setting, x: Tensor, **options: Any) -> Run:
+    """Our heatmaps of the predicted classes."""
+    explainer = explainer_of(model, setting, **options)
+    return lambda: explainer.explain(x, relevance=False)
+
+
+def peer(explainer: Callable[[nn.Module], Callable[[Tensor], Tensor]], model: nn.Module, x: Tensor) -> Run:
+    """Another program's heatmaps."""
+    explain = explainer(copy.deepcopy(model).to(x.dtype))
+    return lambda: explain(x).sum(1)
+
+
+def run_of(column: str, setting: Setting, model: nn.Module, x: Tensor) -> Run:
+    """What a column times."""
+    makers: dict[str, Callable[[], Run]] = {
+        "forward": lambda: forward_pass(model, setting, x, False),
+        "forward compiled": lambda: forward_pass(model, setting, x, True),
+        "torch": lambda: ours(model, setting, x, backend="torch"),
+        "torch compiled": lambda: ours(model, setting, x, backend="torch", compile=True),
+        "triton": lambda: ours(model, setting, x, backend="triton"),
+        "triton tuned": lambda: ours(model, setting, x, backend="triton"),
+        "triton + graph": lambda: ours(model, setting, x, backend="triton", cuda_graph=True),
+        "zennit": lambda: peer(zennit_explainer, model, x),
+        "captum": lambda: peer(captum_explainer, model, x),
+    }
+    return makers[column]()
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Explainers bound here find no measured choices."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"LRP_FAST_CACHE": folder}):
+        yield
+
+
+# One setting ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """Everything a setting's measurement needs."""
+
+    setting: Setting
+    device: Device
+    results: Results
+    budget: Budget
+
+    def __post_init__(self) -> None:
+        self.cells = self.results.columns(self.setting.precision, self.setting.key)
+        self.model = network(self.setting.network, self.device.torch_device)
+        side = 16 if self.device.dry else 224
+        self.x = images(self.device.torch_device, self.setting.precision, self.setting.batch, side)
+        self.tuned = False
+        self.references: dict[tuple[int, ...], Tensor] = {}
+
+    def measure(self, columns: Sequence[str]) -> None:
+        """Columns that are not there yet: first alone, for parity and memory, then in turn, for speed."""
+        self.tuned = "triton tuned" in columns and self._tuned()
+        if not self.tuned:
+            columns = [name for name in columns if name != "triton tuned"]
+        # What takes long to compile comes last, and a recorded graph, whose memory others may need, runs beside its own
+        # backend alone.
+        group = sorted((name for name in columns if name != "triton + graph"), key=lambda name: "compiled" in name)
+        if any("compiled" in name for name in group):
+            torch.compiler.reset()  # past a number of recompilations, functions would silently stay uncompiled
+        self._measure_group(group)
+        self.device.free()
+        if "triton + graph" in columns:
+            self._measure_group(["triton tuned" if self.tuned else "triton", "triton + graph"])
+
+    def _tuned(self) -> bool:
+        """Measure the choices of this setting, once and within a limit; True if there are any."""
+        tried, name = self.results.run.setdefault("tuned", {}), str(self.setting)
+        if name not in tried:
+            tried[name] = "crashed"
+            self.results.write()
+            begin = self.budget.spent()
+            try:
+                with time_limit(min(TUNING_SECONDS, self.budget.remaining() / 3)):
+                    explainer_of(self.model, self.setting, backend="triton").tune(self.x)
+                tried[name] = "complete"
+            except OutOfTimeError:
+                tried[name] = "cut short"
+                self.results.leave_out(f"tuning {name}", "in part: no time left")
+            except Exception as error:
+                tried[name] = describe(error)
+            self.budget.say(f"tuning {name}: {tried[name]}, {self.budget.spent() - begin:.0f} s")
+            self.device.check()
+            self.device.free()
+        return tried[name] in ("complete", "cut short")
+
+    def _measure_group(self, names: Sequence[str]) -> None:
+        runs: dict[str, Run] = {}
+        found: dict[str, Cell] = {}
+        with float32_precision(self.setting.precision == "tf32"):
+            for name in names:
+                found[name], run = self._prepare(name)
+                if run is not None:
+                    runs[name] = run
+                    continue
+                self._keep(name, found[name])
+                self.device.check()
+                self.device.free()
+            for name, taken in self._interleaved(runs).items():
+                self._keep(name, found[name] | {"seconds": taken, "images per second": self.setting.batch / taken})
+
+    def _keep(self, name: str, cell: Cell) -> None:
+        """Put a cell into the table, where the first measurement of a column stays; without content it was left out."""
+        where = f"{self.setting} {name}"
+        if cell:
+            self.cells.setdefault(name, cell)
+            self.results.take_in(where)
+        else:
+            self.results.leave_out(where)
+        self.results.write()
+
+    def _prepare(self, name: str) -> tuple[Cell, Run | None]:
+        """A column's first calls: parity, and memory at the peak; no run if it may not be timed, no cell without time."""
+        compiled, remaining = "compiled" in name, self.budget.remaining()
+        most = FIRST_CALLS_SECONDS if remaining < math.inf else COMPLETE_CALLS_SECONDS
+        limit = min(remaining / 3 if compiled else remaining, most)
+        try:
+            default = name == "triton" or (name == "triton + graph" and not self.tuned)
+            with time_limit(limit), untuned() if default else nullcontext():
+                run = run_of(name, self.setting, self.model, self.x)
+                result, peak = self.device.peak(run)
+                cell = parity(result, self._reference(result.target), self.setting) if name in OURS else {}
+                del result
+                if "failed" in cell:
+                    return cell, None
+                # Of a graph, and of the peers, which bind nothing, the first call counts.
+                if name in OURS and name != "triton + graph":
+                    peak = self.device.peak(run)[1]
+            if name == "triton + graph":
+                cell["tuned"] = self.tuned
+            return cell | {"peak bytes per image": peak and peak / self.setting.batch}, run
+        except OutOfTimeError:
+            return {"entry": f"not within {most:.0f} s"} if limit == most else {}, None
+        except Exception as error:
+            return self._entry(name, error), None
+
+    def _reference(self, targets: Tensor) -> Tensor:
+        """Heatmaps of the first images in float64."""
+        targets = targets[:REFERENCED]
+        key = tuple(targets.tolist())
+        if key not in self.references:
+            explainer = LRP(self.model, self.setting.composite, backend="reference")
+            self.references[key] = explainer.explain(self.x[:REFERENCED], targets, relevance=False).heatmap
+        return self.references[key]
+
+    def _interleaved(self, runs: Mapping[str, Run]) -> dict[str, float]:
+        """Median seconds of a call of each run, taken in turn; what goes wrong becomes an entry."""
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        calls = dict.fromkeys(runs, 1)
+        self._round(runs, calls, taken)  # it says how often each is called in a sample, and how many rounds there are
+        once = {name: times.pop() for name, times in taken.items()}
+        calls = {name: 1 if self.device.dry else min(max(int(SAMPLE_SECONDS / once[name]), 1), 50) for name in once}
+        rounds = self.device.rounds(ROUNDS_SECONDS, sum(once[name] * calls[name] for name in once) or 1.0, fewest=3)
+        for number in range(rounds):
+            if number == 0 or self.budget.remaining():
+                self._round(runs, calls, taken)
+        return {name: statistics.median(times or [once[name]]) for name, times in taken.items()}
+
+    def _round(self, runs: Mapping[str, Run], calls: Mapping[str, int], taken: dict[str, list[float]]) -> None:
+        for name in list(taken):
+            try:
+                taken[name].append(self.device.wall(runs[name], calls[name]))
+            except Exception as error:
+                del taken[name]
+                self._keep(name, self._entry(name, error))
+                self.device.check()
+
+    @staticmethod
+    def _entry(name: str, error: Exception) -> Cell:
+        """A cell that says what went wrong; with our own explainers, that is a failure."""
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return {"entry": "out of memory", "failed": False}
+        text = f"not installed: {error.name}" if isinstance(error, ImportError) else describe(error)
+        return {"entry": text, "failed": name in OURS}
+
+
+def parity(result: Attribution, expected: Tensor, setting: Setting) -> Cell:
+    """The first heatmaps against the reference's: the largest relative L2 error and the lowest rank correlation."""
+    got = result.heatmap[: len(expected)].double()
+    norms = (expected.flatten(1).norm(dim=1), (got - expected).flatten(1).norm(dim=1))
+    return parity_cell(float((norms[1] / norms[0]).max()), spearman(got, expected), setting)
+
+
+def parity_cell(error: float, ranks: float, setting: Setting) -> Cell:
+    """What was found, and whether it suffices."""
+    cell: Cell = {"relative error": error, "bound": setting.bound, "spearman": ranks}
+    if setting.bound is not None and not (error <= setting.bound and ranks >= SPEARMAN):
+        what = f"relative error {error:.1e} (bound {setting.bound:.0e}), Spearman {ranks:.5f} (bound {SPEARMAN})"
+        cell |= {"entry": f"FAILED: {what}", "failed": True}
+    return cell
+
+
+def spearman(got: Tensor, expected: Tensor) -> float:
+    """The lowest rank correlation of any pair of maps N × H × W; of equal values the first counts as smaller."""
+    first, second = (maps.flatten(1).argsort(dim=1, stable=True).argsort(dim=1).double() for maps in (got, expected))
+    correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(first, second, strict=True)]
+    return float(torch.stack(correlations).min())
+
+
+# All settings -----------------------------------------------------------------------------------------------------------
+
+
+def measure_networks(results: Results, device: Device, budget: Budget, tune: bool, full: bool = False) -> None:
+    """Measure the settings, the most important first, until the budget is spent; what is there already stays."""
+    for rank, setting in enumerate(settings(device.dry, full)):
+        tuned = tune and (full or (rank < TUNED and budget.remaining() >= 2 * TUNING_SECONDS))
+        columns = columns_of(setting, device.dry, full)
+        columns = [name for name in columns if not results.has(setting.precision, setting.key, name)]
+        columns = [name for name in columns if tuned or name != "triton tuned"]
+        if columns and budget.remaining() < FEWEST_SECONDS:
+            results.leave_out(str(setting))
+        elif columns:
+            budget.say(f"{setting}: {', '.join(columns)}")
+            bench = Bench(setting, device, results, budget)
+            bench.measure(columns)
+            results.take_in(str(setting))
+            if rank == 0:
+                profile(bench)
+            device.free()
+        results.write()
+
+
+def profile(bench: Bench) -> None:
+    """The longest kernels of one explanation, if there was one."""
+    timed = [name for name in ("triton tuned", "triton") if "seconds" in bench.cells.get(name, {})]
+    if not timed:
+        return
+    try:
+        with untuned() if timed[0] == "triton" else nullcontext():
+            run = run_of(timed[0], bench.setting, bench.model, bench.x)
+            run()
+        rows, seconds = bench.device.profiled(run)
+    except Exception as error:
+        bench.results.leave_out("profile", describe(error))
+        bench.device.check()
+        return
+    busy = sum(taken for *_, taken in rows)
+    longest = [
+        {"kernel": name, "calls": calls, "seconds": taken, "share": taken / busy}
+        for name, calls, taken in rows[:PROFILED]
+    ]
+    bench.results.run["profile"] = {
+        "what": f"one heatmap call, {timed[0]}, {bench.setting}",
+        "seconds": seconds, "busy seconds": busy, "kernels": len(rows), "rows": longest,
+    }  # fmt: skip

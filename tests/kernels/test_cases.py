@@ -1,0 +1,51 @@
+"""The cases of bench/cases.py: kernels equal plain torch on them, and they are what an explanation launches."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections import Counter
+
+import pytest
+import torch
+import torchvision
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
+
+from cases import KernelCase, kernel_cases, small_cases
+from predict import KERNELS, recorded
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=lambda case: case.name)
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run on the GPU here, where `make gpu-check` compares them"
+)
+def test_a_kernel_equals_plain_torch(case: KernelCase) -> None:
+    prepared = case.build(CPU, torch.float32, 2, "ieee")
+    got, wanted = list(prepared.run()), list(prepared.eager())
+    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in wanted]
+    for one, other in zip(got, wanted, strict=True):
+        error, norm = float((one.double() - other.double()).norm()), float(other.double().norm())
+        assert error <= 1e-5 * norm, (error, norm)
+
+
+def test_the_cases_are_what_an_explanation_launches() -> None:
+    """Of a ResNet-50 in bfloat16: as many launches of each kernel, which move as many bytes and multiply as much."""
+    launches, moved, multiplied = Counter[str](), Counter[str](), Counter[str]()
+    for one in recorded(torchvision.models.resnet50().eval(), (4, 3, 224, 224)):
+        if one.name in KERNELS.values():
+            launches[one.name] += 1
+            moved[one.name] += one.bytes
+            multiplied[one.name] += one.flops
+    counted, bytes_moved, flops = Counter[str](), Counter[str](), Counter[str]()
+    for case in kernel_cases():
+        if case.count:
+            prepared = case.build(torch.device("meta"), torch.bfloat16, 4, "ieee")
+            counted[case.kernel] += case.count
+            bytes_moved[case.kernel] += case.count * prepared.bytes
+            flops[case.kernel] += case.count * prepared.flops
+    assert counted == launches
+    assert flops == multiplied
+    assert {name: pytest.approx(moved[name], rel=1e-3) for name in moved} == bytes_moved

@@ -1,0 +1,325 @@
+"""The GPU check, in miniature on the CPU: what it writes, what it calls a failure, and what it does not measure twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="explains its networks")
+pytest.importorskip("triton", reason="times its kernels")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
+import ahead
+import gpu_check
+import kernel_bench
+import lrp_fast.kernels.common
+import network_bench
+from lrp_fast import LRP
+from report import Results, markdown, targets
+from settings import Setting
+from timing import Budget, DeviceLostError, Host, OutOfTimeError, time_limit
+
+PASSING = "import sys; print('3 passed in 0.01s')"
+FAILING = "import sys; print('FAILED tests/test_it.py::test_it'); print('1 failed, 2 passed in 0.01s'); sys.exit(1)"
+
+pytestmark = pytest.mark.skipif(
+    not lrp_fast.kernels.common.interpreted(), reason="a dry run needs interpreted kernels, which a GPU machine has not"
+)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Nothing of the surroundings is changed, and no pytest runs within pytest."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("LRP_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(gpu_check, "_code", lambda: "abc")
+    instead_of_pytest(monkeypatch, PASSING)
+
+
+def instead_of_pytest(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """What stands in for pytest."""
+    run = gpu_check.subprocess.run
+
+    def instead(command: list[str], **options: Any) -> Any:
+        return run([sys.executable, "-c", program], **options) if "pytest" in command else run(command, **options)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", instead)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cheap rows and one cheap setting."""
+    cases = [case for case in kernel_bench.small_cases() if case.kernel in ("gate.image_maximum", "heatmap.quantize")]
+    monkeypatch.setattr(kernel_bench, "small_cases", lambda: cases)
+    monkeypatch.setattr(network_bench, "settings", lambda dry, full: [Setting("cifar", "float32", 1)])
+
+
+def dry_run(folder: pathlib.Path, *arguments: str) -> int:
+    return gpu_check.main(["--dry-run", "--output", str(folder), *arguments])
+
+
+def file(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    (path,) = folder.glob(f"dry-run-{name}-*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def table_of(folder: pathlib.Path) -> str:
+    (path,) = folder.glob("*.md")
+    return path.read_text()
+
+
+def test_a_dry_run_measures_everything(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dry_run(tmp_path / "results") == 0
+    run = file(tmp_path / "results", "kernels")
+    assert run["tests"] == {"exit code": 0, "summary": "3 passed in 0.01s"}
+    assert run["environment"]["torch"] == torch.__version__
+    assert {cell["kernel"] for cell in run["cells"].values()} == {case.kernel for case in kernel_bench.small_cases()}
+    for cell in run["cells"].values():
+        assert cell["relative error"] <= cell["bound"]
+        assert cell["seconds"] > 0 < cell["eager seconds"]
+        assert cell["share"] == pytest.approx(cell["floor seconds"] / cell["seconds"])
+    assert "left out" not in run or not run["left out"]
+    for precision, setting in (("float32", "cifar/otsuki2024/2"), ("tf32", "cifar/otsuki2024/1")):
+        cells = file(tmp_path / "results", precision)["cells"][setting]
+        assert {"forward", "torch", "triton", "zennit", "captum"} == set(cells)
+        for name in ("torch", "triton"):
+            assert cells[name]["relative error"] <= 1e-5
+            assert cells[name]["images per second"] == pytest.approx(int(setting[-1]) / cells[name]["seconds"])
+        assert cells["forward"]["seconds"] > 0
+    assert any(row["kernel"].startswith("lrp_fast::") for row in run["profile"]["rows"])
+    assert table_of(tmp_path / "results") in capsys.readouterr().out
+    assert len(list((tmp_path / "results").iterdir())) == 4
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_failing_gpu_tests_fail_the_check_but_not_the_tables(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead_of_pytest(monkeypatch, FAILING)
+    assert dry_run(tmp_path, "--no-networks") == 1
+    run = file(tmp_path, "kernels")
+    assert run["tests"]["summary"] == "1 failed, 2 passed in 0.01s"
+    assert run["tests"]["failed"] == ["FAILED tests/test_it.py::test_it"]
+    assert all(cell["seconds"] > 0 for cell in run["cells"].values())
+    assert "GPU tests: 1 failed" in table_of(tmp_path)
+
+
+def test_tests_that_do_not_end_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    instead_of_pytest(monkeypatch, "import time; time.sleep(60)")
+    assert gpu_check.run_tests((), 0.2) == {"exit code": None, "summary": "did not end within 0 s"}
+
+
+def spoiled(build: Callable[..., Any], change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """A case whose kernel writes something else."""
+
+    def built(*arguments: Any) -> Any:
+        prepared = build(*arguments)
+        wrong = lambda: [change(x) for x in prepared.run()]  # noqa: E731
+        return kernel_bench.Prepared(wrong, prepared.eager, prepared.bytes, prepared.flops)
+
+    return built
+
+
+@pytest.mark.parametrize("change", [lambda x: 1.001 * x, lambda x: torch.full_like(x, torch.nan)], ids=["off", "NaN"])
+@pytest.mark.usefixtures("small")
+def test_a_kernel_that_fails_parity_gets_no_speed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    wrong, right = kernel_bench.small_cases()
+    case = kernel_bench.KernelCase(wrong.name, wrong.kernel, wrong.count, spoiled(wrong.build, change))
+    monkeypatch.setattr(kernel_bench, "small_cases", lambda: [case, right])
+    assert dry_run(tmp_path, "--no-networks") == 1
+    cells = file(tmp_path, "kernels")["cells"]
+    failed = cells[f"{wrong.name}, float32"]
+    assert failed["failed"]
+    assert failed["entry"].startswith("FAILED: differs from eager torch by ")
+    assert "seconds" not in failed
+    assert cells[f"{right.name}, float32"]["seconds"] > 0
+    assert f"kernel {wrong.name}, float32: FAILED" in table_of(tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+def test_heatmaps_that_fail_parity_get_no_speed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        network_bench, "parity", lambda *_: network_bench.parity_cell(torch.nan, 1.0, Setting("cifar", "float32", 1))
+    )
+    assert dry_run(tmp_path, "--no-kernels") == 1
+    cells = file(tmp_path, "float32")["cells"]["cifar/otsuki2024/1"]
+    for name in ("torch", "triton"):
+        assert cells[name]["entry"].startswith("FAILED: relative error nan (bound 1e-05)")
+        assert "seconds" not in cells[name]
+    assert cells["forward"]["seconds"] > 0
+    assert "profile" not in file(tmp_path, "kernels")
+
+
+def test_parity_asks_for_the_order_of_pixels_too() -> None:
+    maps = torch.rand(3, 8, 8).double()
+    assert network_bench.spearman(maps, 2 * maps + 1) == pytest.approx(1)
+    assert network_bench.spearman(maps, -maps) == pytest.approx(-1)
+    setting = Setting("resnet50", "bfloat16", 256)
+    assert "failed" not in network_bench.parity_cell(1e-2, 0.9995, setting)
+    assert "failed" in network_bench.parity_cell(1e-2, 0.99, setting)
+    assert "failed" in network_bench.parity_cell(3e-2, 0.9995, setting)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_measured_is_not_measured_again_when_resumed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dry_run(tmp_path) == 0
+    before = {name: file(tmp_path, name)["cells"] for name in ("kernels", "float32")}
+    rows = mock.Mock(return_value={"entry": "measured again"})
+    monkeypatch.setattr(kernel_bench, "measure_row", rows)
+    monkeypatch.setattr(network_bench, "Bench", mock.Mock(side_effect=AssertionError("measured again")))
+    assert dry_run(tmp_path, "--resume", "--no-tests") == 0
+    assert {name: file(tmp_path, name)["cells"] for name in ("kernels", "float32")} == before
+    assert file(tmp_path, "kernels")["tests"]["summary"] == "3 passed in 0.01s"
+    assert not rows.called
+    monkeypatch.setattr(gpu_check, "_code", lambda: "other code")
+    assert dry_run(tmp_path, "--resume", "--no-networks") == 0
+    assert rows.call_count == 2
+
+
+@pytest.mark.usefixtures("small")
+def test_what_time_does_not_suffice_for_is_an_entry(tmp_path: pathlib.Path) -> None:
+    assert dry_run(tmp_path, "--minutes", "0", "--no-tests") == 0
+    run = file(tmp_path, "kernels")
+    assert run["cells"] == {}
+    names = {f"kernel {case.name}, float32" for case in kernel_bench.small_cases()}
+    assert run["left out"] == dict.fromkeys([*names, "cifar/otsuki2024/1 float32"], "no time left")
+    assert "| cifar/otsuki2024/1 float32 | no time left |" in table_of(tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+def test_running_out_of_memory_is_an_entry(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_of, later = network_bench.run_of, [torch.zeros(1), torch.cuda.OutOfMemoryError("CUDA out of memory")]
+
+    def without_memory(column: str, *arguments: Any) -> Any:
+        if column == "torch":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return mock.Mock(side_effect=later) if column == "forward" else run_of(column, *arguments)
+
+    monkeypatch.setattr(network_bench, "run_of", without_memory)
+    assert dry_run(tmp_path, "--no-kernels", "--no-tests") == 0
+    cells = file(tmp_path, "float32")["cells"]["cifar/otsuki2024/1"]
+    assert cells["torch"] == cells["forward"] == {"entry": "out of memory", "failed": False}
+    assert cells["triton"]["seconds"] > 0
+
+
+def test_no_gpu_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    assert gpu_check.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_lost_device_is_left_for_a_new_process(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ReplacedError(BaseException):
+        pass
+
+    execute = mock.Mock(side_effect=ReplacedError)
+    monkeypatch.setattr(gpu_check.os, "execv", execute)
+    monkeypatch.setattr(Host, "check", mock.Mock(side_effect=DeviceLostError("illegal memory access")))
+    with pytest.raises(ReplacedError):
+        dry_run(tmp_path, "--minutes", "4", "--no-networks")
+    (_, command), _ = execute.call_args
+    assert {"--resume", "--no-tests", "--no-networks"} <= set(command)
+    assert 3 < float(command[command.index("--minutes") + 1]) <= 4
+    assert command[command.index("--output") + 1] == str(tmp_path)
+    assert len(file(tmp_path, "kernels")["cells"]) == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_bench, "Bench", mock.Mock(side_effect=KeyboardInterrupt))
+    assert dry_run(tmp_path) == 130
+    assert len(file(tmp_path, "kernels")["cells"]) == 2
+
+
+def test_tuning_is_tried_once_and_within_a_limit(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = mock.Mock(side_effect=lambda inputs: time.sleep(5))
+    monkeypatch.setattr(LRP, "tune", tuned)
+    monkeypatch.setattr(network_bench, "TUNING_SECONDS", 0.2)
+    results = Results(tmp_path, "dry-run", "v", "abc")
+    bench = network_bench.Bench(Setting("cifar", "float32", 1), Host(), results, Budget(5))
+    bench.measure(["triton", "triton tuned"])
+    assert results.run["tuned"] == {"cifar/otsuki2024/1 float32": "cut short"}
+    assert all(bench.cells[name]["seconds"] > 0 for name in ("triton", "triton tuned"))
+    assert bench._tuned()
+    assert tuned.call_count == 1
+
+
+def test_a_time_limit_ends_what_catches_every_exception() -> None:
+    def stubborn() -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(1)
+
+    begin = time.monotonic()
+    with pytest.raises(OutOfTimeError), time_limit(0.1):
+        stubborn()
+    assert time.monotonic() - begin < 1
+    with time_limit(60.0):
+        pass
+
+
+def test_targets_are_judged() -> None:
+    results = Results(pathlib.Path("nowhere"), "H100", "v", "abc")
+    assert {met for _, _, met in targets(results)} == {""}
+    results.columns("bfloat16", "resnet50/otsuki2024/256").update(
+        {
+            "triton": {"seconds": 0.05, "peak bytes per image": 70e6},
+            "triton tuned": {"seconds": 0.04, "peak bytes per image": 59e6},
+            "triton + graph": {"seconds": 0.032},
+            "torch compiled": {"seconds": 0.05},
+            "forward compiled": {"seconds": 0.011},
+            "zennit": {"seconds": 1.0},
+        }
+    )
+    results.columns("bfloat16", "resnet50/otsuki2024/1")["triton + graph"] = {"seconds": 1.6e-3}
+    found = [(value, met) for _, value, met in targets(results)]
+    assert found == [
+        ("8,000 images/s", "yes"), ("1.25x", "no"), ("3.64x", "yes"), ("25.0x", "yes"), ("59.0 MB", "yes"),
+        ("1.60 ms", "no"),
+    ]  # fmt: skip
+    assert "| at least 20x zennit | 25.0x | yes |" in markdown(results)
+
+
+def test_every_specialization_is_compiled_by_one_process() -> None:
+    kernel = mock.Mock(__name__="_kernel", arg_names=["x", "rows", "SIZE"])
+    kernel.params = [mock.Mock(is_constexpr=name == "SIZE") for name in kernel.arg_names]
+    for parameter, name in zip(kernel.params, kernel.arg_names, strict=True):
+        parameter.name = name
+    launches = [
+        (torch.empty(0, dtype=dtype), rows, size)
+        for dtype in (torch.float32, torch.bfloat16) for rows in (16, 17, 32) for size in (64, 128)
+    ]  # fmt: skip
+    compiled: list[tuple[int, str]] = []
+    for index in range(3):
+        record = lambda kernel, *args, index=index, **kwargs: compiled.append((index, str(args)))  # noqa: E731
+        with mock.patch.object(ahead.JITFunction, "run", record), ahead.only_compiling(index, 3):
+            for launch in launches:
+                ahead.JITFunction.run(kernel, *launch, grid=(1,), warmup=False, num_warps=4)
+    assert sorted(text for _, text in compiled) == sorted(str(launch) for launch in launches)
+    first, second = ({index for index, text in compiled if f", {rows}, 64" in text} for rows in (16, 32))
+    assert first == second
+
+
+def test_compiling_ahead_ends_with_its_block() -> None:
+    command = (sys.executable, "-c", "import sys, time; time.sleep(0 if sys.argv[1] == 'quick' else 60)")
+    begin = time.monotonic()
+    with ahead.CompileAhead(["quick", "slow"], command) as running:
+        assert running.wait(3.0) == "1 of 2 jobs complete"
+    assert time.monotonic() - begin < 30
+    assert all(process.poll() is not None for process in running._processes)
