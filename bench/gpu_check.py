@@ -33,7 +33,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 PACKAGES = ("torch", "triton", "torchvision", "zennit", "captum")
-TESTS = ("-m", "gpu", "-q", "tests")
+TESTS = ("-m", "gpu", "-q", "tests/kernels", "tests/test_triton_backend.py")
+"""Where the GPU tests are: other tests import what a machine with no more than the above does not have."""
 STAGES = ("tests", "ahead", "kernels", "networks", "tune")
 TESTS_SHARE, KERNELS_SHARE = 0.35, 0.5
 """The shares of the budget that are spent when the GPU tests, and then the kernel table, must have ended."""

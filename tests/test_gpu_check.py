@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -76,6 +77,14 @@ def file(folder: pathlib.Path, name: str) -> dict[str, Any]:
 def table_of(folder: pathlib.Path) -> str:
     (path,) = folder.glob("*.md")
     return path.read_text()
+
+
+def test_every_gpu_test_is_where_the_check_looks() -> None:
+    looked_at = [gpu_check.ROOT / path for path in gpu_check.TESTS[3:]]
+    files = (gpu_check.ROOT / "tests").rglob("test_*.py")
+    marked = [path for path in files if re.search(r"^@(pytest\.mark\.)?gpu$", path.read_text(), re.MULTILINE)]
+    assert len(marked) > 3
+    assert not [path for path in marked if path not in looked_at and not set(path.parents) & set(looked_at)]
 
 
 def test_a_dry_run_measures_everything(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
