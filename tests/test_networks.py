@@ -84,6 +84,8 @@ def test_against_the_reference(networks: dict[str, nn.Module], name: str, compos
     # Where float32 decides otherwise than float64 (which element of a window is the maximum, whether a unit of a merge or
     # of a hidden dense layer fires), the map changes by that unit's share. How often, the two tests below bound.
     assert float(found.max()) <= 1e-1
+    # Under ε alone every unit decides: plain float32 too is off by about 1e-3 on an untrained ResNet-50.
+    assert composite == "epsilon" or float(found.median()) <= 1e-3
 
 
 @pytest.mark.parametrize("composite", [name for name in list_composites() if name not in (*POSITIVE, "epsilon")])
