@@ -1,4 +1,4 @@
-"""The command line: ``lrp-fast attribute``, ``demo``, ``composites``, ``models``.
+"""The command line: ``lrp-fast attribute``, ``attribute-dataset``, ``demo``, ``composites``, ``models``.
 
 Exit codes: 0 all good, 1 an error, 2 a mistake in the command, 3 some pictures failed, 130 interrupted (Ctrl-C). What
 the commands offer comes from the registries of composites, splits and models.
@@ -7,7 +7,8 @@ the commands offer comes from the registries of composites, splits and models.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,16 +23,23 @@ from rich.table import Table
 from torch import Tensor
 
 from lrp_fast.composites import Composite, list_composites
-from lrp_fast.explain import BACKENDS, LRP
+from lrp_fast.data import KINDS, Source, SourceError, open_source
+from lrp_fast.explain import BACKENDS, DTYPES, LRP
 from lrp_fast.heatmap import default_smoothing
 from lrp_fast.images import Picture, find_images
 from lrp_fast.models import LoadedModel, ModelError, UnknownModelError, list_models, load_model
+from lrp_fast.pipeline import FAILURES, Pipeline, PipelineError, PipelineOptions
+from lrp_fast.pipeline import Progress as DatasetProgress
 from lrp_fast.report import PAGE, Failure, ForeignFileError, Outcome, Run, RunError, RunOptions, percent
 from lrp_fast.splits import Splits, as_splits, list_splits
+from lrp_fast.store import SettingsError, StoreError
 from lrp_fast.version import VERSION
 
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
 DEFAULT_COMPOSITE = "otsuki2024"
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+PLAIN_SECONDS = 10.0
+"""How often progress is told in lines, where there is no terminal to redraw."""
 
 app = typer.Typer(
     name="lrp-fast",
@@ -75,11 +83,11 @@ def _reporting() -> Iterator[None]:
     """Turn the errors that are foreseen into one line on stderr and an exit code."""
     try:
         yield
-    except (UsageError, UnknownModelError) as error:
+    except (UsageError, UnknownModelError, SourceError, SettingsError) as error:
         _stop(str(error), EXIT_USAGE)
     except torch.OutOfMemoryError as error:
         _stop(f"out of memory, try a smaller --batch-size or --size: {error}", EXIT_ERROR)
-    except (CommandError, ModelError, RunError, ForeignFileError, OSError) as error:
+    except (CommandError, ModelError, RunError, PipelineError, StoreError, ForeignFileError, OSError) as error:
         _stop(str(error), EXIT_ERROR)
     except KeyboardInterrupt:
         _stop("interrupted", EXIT_INTERRUPTED)
@@ -155,6 +163,118 @@ def attribute(
     _report(outcome, output)
 
 
+@app.command("attribute-dataset")
+@_reporting()
+def attribute_dataset(
+    source: Annotated[
+        Path, typer.Option(help="A folder of pictures, a manifest (.csv, .parquet), or WebDataset shards.", exists=True)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The store, a folder; continued if it is there.")],
+    kind: Annotated[
+        str | None, typer.Option(help=f"What the source is: {', '.join(KINDS)}. Default: what it looks like.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A network (see `lrp-fast models`). Default: the weights' own, or embedded.")
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="A state dict: .safetensors, or what torch.save wrote.", exists=True, dir_okay=False),
+    ] = None,
+    composite: Annotated[str, typer.Option(help="The rules (see `lrp-fast composites`).")] = DEFAULT_COMPOSITE,
+    split: Annotated[str | None, typer.Option(help="How residual additions share relevance, as for attribute.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"What is computed in: {', '.join(DTYPE_NAMES)}.")] = "float32",
+    levels: Annotated[
+        int | None, typer.Option(min=2, max=256, help="Store maps cut to so many levels, which takes less room.")
+    ] = None,
+    channels: Annotated[
+        list[str] | None, typer.Option(help="Also store this layer's relevance by channel; again for more layers.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures explained at a time.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 2,
+    size: Annotated[int | None, typer.Option(min=32, help="Picture size in pixels. Default: the network's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"Who computes: {', '.join(BACKENDS)}.")] = "auto",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed pictures again.")] = False,
+) -> None:
+    """Explain every picture of a data set into a store; the same command continues a run that was stopped."""
+    _check_choice("--backend: unknown backend", backend, BACKENDS)
+    _check_choice("--dtype: unknown dtype", dtype, DTYPE_NAMES)
+    if kind is not None:
+        _check_choice("--kind: unknown kind", kind, KINDS)
+    splits, rules, place = _parse_split(split), _find_composite(composite), _find_device(device)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output: {output} is a file, expected a folder")
+    if output.resolve() == source.resolve():
+        raise UsageError(f"--output: {output} is also the data set to explain; results need their own")
+    samples = open_source(source, kind, exclude=output)
+    loaded = load_model(model, weights, size)
+    explainer = _make_explainer(loaded, rules, splits, backend, place, DTYPE_NAMES[dtype])
+    layers = tuple(name for text in channels or () for name in text.split(","))
+    options = PipelineOptions(batch_size, workers, levels, layers, retry_failed)
+    _report_dataset(_run_pipeline(_make_pipeline(explainer, loaded, samples, options), len(samples), output), output)
+
+
+def _check_choice(what: str, text: str, known: Iterable[str]) -> None:
+    if text not in known:
+        raise UsageError(f"{what} {text!r}; known: {', '.join(known)}")
+
+
+def _make_pipeline(explainer: LRP, loaded: LoadedModel, source: Source, options: PipelineOptions) -> Pipeline:
+    try:
+        return Pipeline(explainer, loaded, source, options)
+    except ValueError as error:
+        raise UsageError(f"--channels: {error}") from error
+
+
+def _run_pipeline(pipeline: Pipeline, total: int, output: Path) -> DatasetProgress:
+    """Run, with one live line on a terminal and plain lines elsewhere."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[told]}")
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as display:
+        task = display.add_task("explaining", total=total, told="")
+        told_at = -PLAIN_SECONDS
+
+        def on_failure(key: str, reason: str) -> None:
+            console.print(f"[yellow]failed:[/] {_shown(key)}: {_shown(reason)}", highlight=False, soft_wrap=True)
+
+        def on_batch(progress: DatasetProgress) -> None:
+            nonlocal told_at
+            display.update(
+                task, completed=progress.done + progress.failed, told=f"{progress.failed} failed, {_rates(progress)}"
+            )
+            if not console.is_terminal and time.monotonic() - told_at >= PLAIN_SECONDS:
+                told_at = time.monotonic()
+                console.print(_told(progress), highlight=False, soft_wrap=True)
+
+        return pipeline.into(output, on_failure=on_failure, on_batch=on_batch)
+
+
+def _rates(progress: DatasetProgress) -> str:
+    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in progress.shares().items())
+    return f"{progress.rate():.1f} images/s, waited for {shares}"
+
+
+def _told(progress: DatasetProgress) -> str:
+    dealt_with = progress.done + progress.failed
+    seconds = (progress.total - dealt_with) / progress.rate() if progress.rate() else 0.0
+    return f"{dealt_with}/{progress.total}, {progress.failed} failed, {seconds:.0f} s left, {_rates(progress)}"
+
+
+def _report_dataset(progress: DatasetProgress, output: Path) -> None:
+    """Say what the store holds and leave with the exit code that tells."""
+    where = _shown(str(output))
+    failures = f", [yellow]{progress.failed} failed[/] (see {FAILURES})" if progress.failed else ""
+    took = f"{progress.fresh} in this run; {_rates(progress)}" if progress.fresh else "nothing was left to do"
+    line = f"{progress.done} of {progress.total} explained{failures}, {progress.bytes_per_image:,.0f} bytes per image, "
+    Console().print(f"{line}in {where}; {took}", highlight=False, soft_wrap=True)
+    if progress.interrupted:
+        _stop("interrupted; the same command continues", EXIT_INTERRUPTED)
+    if progress.failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
 def _find_composite(name: str) -> Composite:
     try:
         return Composite.named(name)
@@ -218,10 +338,15 @@ def _find_device(name: str) -> torch.device:
 
 
 def _make_explainer(
-    loaded: LoadedModel, composite: Composite, splits: Splits | None, backend: str, device: torch.device
+    loaded: LoadedModel,
+    composite: Composite,
+    splits: Splits | None,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> LRP:
     try:
-        return LRP(loaded.model.to(device), composite=composite, split=splits, backend=backend)
+        return LRP(loaded.model.to(device), composite=composite, split=splits, backend=backend, dtype=dtype)
     except (ValueError, TypeError) as error:
         raise CommandError(f"{loaded.name}: {error}") from error
 

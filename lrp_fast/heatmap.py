@@ -45,9 +45,31 @@ def heat_quantize(heatmap: Tensor, levels: int = 8) -> Tensor:
 
         return quantize(heatmap, levels)  # the same levels, in two passes over the map
     flat = heatmap.reshape(-1, heatmap.shape[-2] * heatmap.shape[-1])
-    ladder = _ladder(flat, levels)
-    index = torch.searchsorted(ladder, flat.contiguous(), right=True) - 1
+    ladder, index = _on_ladder(flat, levels)
     return ladder.gather(1, index).reshape(heatmap.shape)
+
+
+def heat_levels(heatmaps: Tensor, levels: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Heat quantization as what is worth storing: which level each value has, and each map's ends.
+
+    ``heatmaps``: floating tensor [N, H, W]. Returns the level indices, uint8 [N, H, W], and the minima and maxima, [N] in
+    the maps' dtype; :func:`from_heat_levels` makes of them what :func:`heat_quantize` gives, bit for bit. Raises what
+    that raises, and ``ValueError`` for more than 256 levels or maps that are not [N, H, W].
+    """
+    if not 2 <= levels <= 256:
+        raise ValueError(f"levels that are stored as bytes are 2 to 256, got {levels}")
+    _check_maps(heatmaps)
+    if heatmaps.ndim != 3:
+        raise ValueError(f"expected maps [N, H, W], got shape {list(heatmaps.shape)}")
+    flat = heatmaps.flatten(1)
+    _, index = _on_ladder(flat, levels)
+    return index.to(torch.uint8).reshape(heatmaps.shape), flat.amin(1), flat.amax(1)
+
+
+def from_heat_levels(index: Tensor, low: Tensor, high: Tensor, levels: int = 8) -> Tensor:
+    """The maps [N, H, W], in the dtype of ``low`` and ``high`` [N], of level indices uint8 [N, H, W]."""
+    ladder = _ladder(low[:, None], high[:, None], levels)
+    return ladder.gather(1, index.flatten(1).long()).reshape(index.shape)
 
 
 def heat_quantize_signed(heatmap: Tensor, levels: int = 8) -> Tensor:
@@ -72,12 +94,17 @@ def _check_maps(heatmap: Tensor) -> None:
         raise ValueError(f"a heatmap must be finite, got {count} values that are NaN or infinite")
 
 
-def _ladder(maps: Tensor, levels: int) -> Tensor:
-    """``linspace(min, max, levels)`` of each row, [N, levels] in the rows' dtype, never falling, both ends exact."""
-    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
-    share = torch.arange(levels, dtype=torch.float64, device=maps.device) / (levels - 1)
+def _on_ladder(maps: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """The levels of each row of maps [N, values], and which of them each value has: [N, levels], int64 [N, values]."""
+    ladder = _ladder(maps.amin(1, keepdim=True), maps.amax(1, keepdim=True), levels)
+    return ladder, torch.searchsorted(ladder, maps.contiguous(), right=True) - 1
+
+
+def _ladder(low: Tensor, high: Tensor, levels: int) -> Tensor:
+    """``linspace(low, high, levels)`` of each row, [N, levels] in the ends' dtype, never falling, both ends exact."""
+    share = torch.arange(levels, dtype=torch.float64, device=low.device) / (levels - 1)
     # Both ends weighted, not low + share * (high - low): the difference of two large floats can overflow.
-    ladder = (low.double() * (1 - share) + high.double() * share).to(maps.dtype)
+    ladder = (low.double() * (1 - share) + high.double() * share).to(low.dtype)
     ladder[:, :1], ladder[:, -1:] = low, high
     # Where a map spans only a few units in the last place, rounding could put a level outside its neighbours.
     return ladder.clamp(low, high).cummax(1).values

@@ -8,6 +8,7 @@ and to a number of pixels that is checked in the header before anything is decod
 from __future__ import annotations
 
 import functools
+import io
 import os
 import struct
 import warnings
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -29,6 +31,8 @@ SUFFIXES = frozenset({
     ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 })  # fmt: skip
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 1 << 30
+"""The largest file that is read into memory whole."""
 
 # What Pillow's decoders raise on damaged data, besides OSError (which includes UnidentifiedImageError).
 _DECODING_ERRORS = (
@@ -115,11 +119,34 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     is not read here, or of more than ``max_pixels`` pixels.
     """
     _check_file(path)
+    return _decode(path, max_pixels)
+
+
+def decode_image(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture from the bytes of its file, wherever they were kept; result and errors as of :func:`read_image`."""
+    if not content:
+        raise ImageError("the file is empty (0 bytes)")
+    return _decode(io.BytesIO(content), max_pixels)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a picture's file; raises :class:`ImageError` for one that is missing, empty, or too large to hold."""
+    _check_file(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ImageError(f"too large: {size / 1e6:.0f} MB, and the limit is {MAX_BYTES / 1e6:.0f}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be opened: {_first_line(error)}") from error
+
+
+def _decode(file: Path | BinaryIO, max_pixels: int) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow's own warning about size, which the limit here decides, and its remarks on odd but readable metadata.
         warnings.simplefilter("ignore")
         try:
-            with Image.open(path, formats=_readable_formats()) as image:
+            with Image.open(file, formats=_readable_formats()) as image:
                 _check_size(image.size, max_pixels)
                 image.load()
                 # Metadata of the orientation, damaged or not, is all that is asked of the EXIF block.

@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision.models import resnet18
 from typer.testing import CliRunner, Result
 
-from lrp_fast import LRP, Splits, list_composites
+from lrp_fast import LRP, Splits, list_composites, open_store
 from lrp_fast.cli import app
 from lrp_fast.embedded import embedded_pictures
 from lrp_fast.images import load_picture
@@ -387,6 +387,104 @@ def test_a_real_ctrl_c(weights: Path, tmp_path: Path) -> None:
     assert (output / "index.html").read_text().count("<article") in (len(done), len(done) - 1)
 
 
+def attribute_dataset(weights: Path, source: Path, store: Path, *more: object) -> Result:
+    pytest.importorskip("zarr")
+    fixed = ["--weights", weights, "--size", SIZE, "--workers", 0, "--batch-size", 2, "--output", store]
+    return lrp_fast("attribute-dataset", "--source", source, *fixed, *more)
+
+
+def test_attribute_dataset_stores_what_the_api_computes(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    files = [draw(folder / "=a" / "1.png"), draw(folder / "=a" / "2.png"), draw(folder / "b" / "[red]3.png")]
+    options = ["--split", "symmetric", "--dtype", "float64", "--channels", "layer3,layer4", "--levels", 16]
+    result = attribute_dataset(weights, folder, folder / "store", *options)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"3 of 3 explained, [\d,]+ bytes per image, in .*store; 3 in this run; .*waited for decode", result.stdout
+    )
+    assert re.search(r"2/3, 0 failed, \d+ s left, .* images/s", result.stderr)
+    store = open_store(folder / "store")
+    api = expected(weights, files, split="symmetric", dtype=torch.float64)
+    ladder = (api.heatmap.amax((1, 2)) - api.heatmap.amin((1, 2))) / 15
+    below = api.heatmap - torch.from_numpy(store.heatmap[:])
+    assert ((below > -1e-6 * ladder[:, None, None]) & (below < (1 + 1e-6) * ladder[:, None, None])).all()
+    assert store.target[:].tolist() == api.target.tolist()
+    assert store.label[:].tolist() == [0, 0, 1]
+    assert {name: column[:].shape[1] for name, column in store.channels.items()} == {"layer3": 256, "layer4": 512}
+    for name, value in {"dtype": "float64", "splits": "symmetric", "model": "resnet18", "classes": ["=a", "b"]}.items():
+        assert store.attributes[name] == value
+    again = attribute_dataset(weights, folder, folder / "store", *options)
+    assert (again.exit_code, "nothing was left to do" in again.stdout) == (0, True)
+
+
+def test_attribute_dataset_reports_failures_and_retries(weights: Path, tmp_path: Path) -> None:
+    folder, store = tmp_path / "in", tmp_path / "store"
+    content = [draw(folder / f"{name}.png") for name in ("a", "[b]", "c")][1].read_bytes()
+    (folder / "[b].png").write_bytes(content[:200])
+    result = attribute_dataset(weights, folder, store)
+    assert result.exit_code == 3
+    assert "2 of 3 explained, 1 failed (see failures.csv)" in result.stdout
+    assert re.search(r"failed: \[b\]\.png: damaged", result.stderr)
+    (folder / "[b].png").write_bytes(content)
+    assert attribute_dataset(weights, folder, store).exit_code == 3
+    assert attribute_dataset(weights, folder, store, "--retry-failed").exit_code == 0
+    refused = attribute_dataset(weights, folder, store, "--composite", "epsilon")
+    assert refused.exit_code == 2
+    assert "composite: 'otsuki2024' there, 'epsilon' now" in one_line_of_error(refused)
+
+
+def test_mistakes_in_attribute_dataset(weights: Path, tmp_path: Path) -> None:
+    picture, store = draw(tmp_path / "in" / "a.png"), tmp_path / "store"
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[Path, list[object], str]] = [
+        (tmp_path / "empty", [], "holds no pictures"),
+        (picture, [], "neither a folder nor"),
+        (picture.parent, ["--kind", "imagenet"], "unknown kind 'imagenet'; known: folder, manifest, webdataset"),
+        (picture.parent, ["--dtype", "float16"], "unknown dtype 'float16'; known: float32, bfloat16, float64"),
+        (picture.parent, ["--backend", "nonsense"], "unknown backend 'nonsense'"),
+        (picture.parent, ["--channels", "layer9"], "no layer named 'layer9'"),
+    ]
+    for source, options, message in cases:
+        result = attribute_dataset(weights, source, store, *options)
+        assert result.exit_code == 2, result.output
+        assert message in one_line_of_error(result)
+    result = attribute_dataset(weights, picture.parent, picture.parent)
+    assert (result.exit_code, "results need their own" in one_line_of_error(result)) == (2, True)
+    result = attribute_dataset(weights, picture.parent, tmp_path / "empty")
+    assert result.exit_code == 0
+    (tmp_path / "full" / "foreign").mkdir(parents=True)
+    result = attribute_dataset(weights, picture.parent, tmp_path / "full")
+    assert (result.exit_code, "is not a store" in one_line_of_error(result)) == (1, True)
+    assert not store.exists()
+
+
+def test_ctrl_c_leaves_a_store_that_goes_on(weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("zarr")
+    for index in range(300):
+        draw(tmp_path / "in" / f"{index}.png")
+    store = tmp_path / "store"
+    arguments = ["--source", tmp_path / "in", "--weights", weights, "--size", 32, "--batch-size", 2, "-o", store]
+    command = [sys.executable, "-m", "lrp_fast", "attribute-dataset", *map(str, arguments), "--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list(store.glob(".staging/*.npz")):
+            if time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"no results after a minute: {process.communicate()}")
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the decoding processes too
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "the same command continues" in errors
+    done = int(re.findall(r"(\d+) of 300 explained", output)[0])
+    assert 0 < done < 300
+    assert int((open_store(store).status[:] == 1).sum()) == done
+
+
 def test_demo(tmp_path: Path) -> None:
     result = lrp_fast("demo", "--output", tmp_path / "demo")
     assert result.exit_code == 0, result.output
@@ -427,7 +525,7 @@ def test_version_and_help() -> None:
 
 
 def test_importing_the_command_line_is_light() -> None:
-    heavy = ("torchvision", "timm", "matplotlib", "triton")
+    heavy = ("torchvision", "timm", "matplotlib", "triton", "zarr", "pyarrow")
     program = f"import sys, lrp_fast.cli; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -15,16 +15,16 @@ LEVELS = (
     ("version", "layers", "rules", "plan", "splits", "precision"),
     ("composites", "reference", "backends"),
     ("trace", "engine"),
-    ("audit", "explain", "heatmap", "images", "models", "embedded"),
+    ("audit", "explain", "heatmap", "images", "models", "embedded", "data", "store"),
     ("__init__",),
-    ("report",),
+    ("report", "pipeline"),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "kernels" not in path.parts)
 TRITON = ROOT / "backends" / "triton"
-OPTIONAL = ("triton", "torchvision", "timm", "matplotlib", "zennit", "captum")
+OPTIONAL = ("triton", "torchvision", "timm", "matplotlib", "zennit", "captum", "zarr", "pyarrow")
 
 
 def _unit(path: pathlib.Path) -> str:

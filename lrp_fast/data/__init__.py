@@ -1,0 +1,10 @@
+"""Data sets as ordered, fingerprinted lists of samples whose bytes are read one at a time, in any process.
+
+A kind of source is one file here and its row in ``KINDS`` of ``kinds.py``. Nothing that comes from outside is
+unpickled, and no key or class name is ever used as a path.
+"""
+
+from .kinds import KINDS, open_source
+from .source import FileSource, Source, SourceError
+
+__all__ = ["KINDS", "FileSource", "Source", "SourceError", "open_source"]

@@ -1,0 +1,511 @@
+"""The store of a run over a data set: one Zarr v3 group, written in whole shards, read lazily.
+
+Arrays, one row for each of N samples: ``heatmap`` [N, H, W], float16 of the map over its largest magnitude with that
+``scale``, or (with levels) uint8 level indices with each map's ``low`` and ``high``; ``channels/LAYER`` [N, C], relevance
+summed over space; ``key``, ``label`` (-1: none), ``target``, ``probability``, ``leak``, ``status`` and ``reason``.
+
+A finished batch is staged as a file of its own (``.staging``); once all batches of a shard are, they are compacted:
+every array's shard is written once, ``status`` last, and the staged files go. What a run has done is therefore on the disk
+whenever it is stopped, and a shard whose ``status`` exists is complete. zarr is imported when a store is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lrp_fast.heatmap import from_heat_levels, heat_levels
+
+FORMAT, FORMAT_VERSION = "lrp-fast store", 1
+MISSING, DONE, FAILED = 0, 1, 2
+SAMPLES_PER_SHARD = 1024
+STAGING = ".staging"
+_CHANNELS = "channels/"
+
+Array = npt.NDArray[Any]
+Rows = dict[str, Array]
+"""Some samples' values, by field; the first dimension is the sample."""
+
+
+class StoreError(Exception):
+    """A store that cannot be opened or written; the message says why."""
+
+
+class SettingsError(StoreError):
+    """A store was begun with other settings; the message names each with both values."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shapes of a store: ``samples`` maps of ``height`` x ``width`` in batches of ``batch_size``.
+
+    ``levels``: of the heat quantization, ``None`` for float16 maps; ``channels``: layer name → number of channels;
+    ``shard_batches``: whole batches in a shard.
+    """
+
+    samples: int
+    batch_size: int
+    height: int
+    width: int
+    levels: int | None = None
+    channels: Mapping[str, int] = field(default_factory=dict)
+    shard_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shard_batches == 0:
+            object.__setattr__(self, "shard_batches", max(1, SAMPLES_PER_SHARD // self.batch_size))
+
+    @property
+    def batches(self) -> int:
+        return math.ceil(self.samples / self.batch_size)
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.batches / self.shard_batches)
+
+    @property
+    def shard_samples(self) -> int:
+        return self.shard_batches * self.batch_size
+
+    def span(self, batch: int) -> tuple[int, int]:
+        """The samples of a batch, from and to."""
+        return batch * self.batch_size, min((batch + 1) * self.batch_size, self.samples)
+
+    def batches_of(self, shard: int) -> range:
+        return range(shard * self.shard_batches, min((shard + 1) * self.shard_batches, self.batches))
+
+    def fields(self) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+        """What each sample has that is computed: its dtype and shape (``reason`` is text; ``status`` comes last)."""
+        maps: dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]
+        if self.levels is None:
+            maps = {"heatmap": (np.float16, (self.height, self.width)), "scale": (np.float32, ())}
+        else:
+            ends = {"low": (np.float32, ()), "high": (np.float32, ())}
+            maps = {"heatmap": (np.uint8, (self.height, self.width)), **ends}
+        layers = {_CHANNELS + name: (np.float32, (count,)) for name, count in self.channels.items()}
+        numbers = {"target": (np.int64, ()), "probability": (np.float32, ()), "leak": (np.float32, ())}
+        return {**maps, **layers, **numbers, "reason": (str, ()), "status": (np.uint8, ())}
+
+    def empty(self, count: int) -> Rows:
+        """Rows of that many samples that are missing."""
+        return {
+            name: _texts(count) if dtype is str else np.zeros((count, *shape), dtype)
+            for name, (dtype, shape) in self.fields().items()
+        }
+
+    def encode(self, heatmaps: Tensor) -> Rows:
+        """Finite maps [n, H, W] as their stored fields; scaled maps err by at most 2^-11 of a value or 2^-25 of the scale."""
+        values = heatmaps.detach().float()
+        if self.levels is not None:
+            index, low, high = heat_levels(values, self.levels)
+            return {"heatmap": index.cpu().numpy(), "low": low.cpu().numpy(), "high": high.cpu().numpy()}
+        scale = values.flatten(1).abs().amax(1)
+        divisor = torch.where(scale > 0, scale, 1.0)
+        scaled = (values / divisor[:, None, None]).half()
+        return {"heatmap": scaled.cpu().numpy(), "scale": scale.cpu().numpy()}
+
+    def decode(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """The maps float32 [n, H, W] of what :meth:`encode` made."""
+        if self.levels is None:
+            return rows["heatmap"].astype(np.float32) * rows["scale"][:, None, None]
+        index, low, high = (torch.from_numpy(rows[name]) for name in ("heatmap", "low", "high"))
+        return from_heat_levels(index, low, high, self.levels).numpy()
+
+    def map_fields(self) -> tuple[str, ...]:
+        return ("heatmap", "scale") if self.levels is None else ("heatmap", "low", "high")
+
+
+def _texts(count: int) -> Array:
+    return np.full(count, "", dtype=object)
+
+
+def _zarr() -> Any:
+    """zarr, imported only when a store is opened."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise StoreError("a store needs zarr, which is not installed: pip install 'lrp-fast[dataset]'") from error
+    return zarr
+
+
+# Reading.
+
+
+class Column:
+    """One field of all samples: ``column[i]``, ``column[i:j]`` and ``len(column)``; a slice is read when asked for."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if not isinstance(index, slice):
+            place = range(len(self))[index]
+            return self._read(place, place + 1)[0]
+        wanted = range(len(self))[index]
+        if not wanted:
+            return self._read(0, 0)
+        low, high = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1]) + 1
+        return self._read(low, high)[np.asarray(wanted) - low]
+
+    def _read(self, low: int, high: int) -> Array:
+        return self._store.rows((self._name,), low, high)[self._name]
+
+
+class Maps(Column):
+    """The heatmaps, float32 [N, H, W]: scaled back, or (with levels) each pixel's level."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, "heatmap")
+
+    def _read(self, low: int, high: int) -> Array:
+        layout = self._store.layout
+        return layout.decode(self._store.rows(layout.map_fields(), low, high))
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One sample: its place and everything stored of it; ``heatmap`` float32 [H, W]."""
+
+    index: int
+    key: str
+    label: int
+    target: int
+    probability: float
+    leak: float
+    status: int
+    reason: str
+    heatmap: npt.NDArray[np.float32]
+
+
+class Store:
+    """A store opened for reading; also one that is being written or was left unfinished, as far as it has come.
+
+    ``heatmap``, ``label``, ``target``, ``probability``, ``leak``, ``status`` (0 missing, 1 done, 2 failed), ``key``,
+    ``reason`` and ``channels[LAYER]`` are :class:`Column`: what is sliced is read. ``attributes``: the settings of the run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._group = _zarr().open_group(path, mode="r", zarr_format=3)
+            self.attributes: dict[str, Any] = self._group.attrs.asdict()
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} is not a store: {error}") from error
+        if self.attributes.get("format") != FORMAT or self.attributes.get("format_version") != FORMAT_VERSION:
+            got = f"{self.attributes.get('format')!r}, version {self.attributes.get('format_version')!r}"
+            raise StoreError(f"{path}: expected {FORMAT!r}, version {FORMAT_VERSION}, got {got}")
+        self.layout = Layout(**self.attributes["layout"])
+        self.heatmap = Maps(self)
+        self.key, self.label = Column(self, "key"), Column(self, "label")
+        self.target, self.probability = Column(self, "target"), Column(self, "probability")
+        self.leak, self.status, self.reason = (Column(self, name) for name in ("leak", "status", "reason"))
+        self.channels = {name: Column(self, _CHANNELS + name) for name in self.layout.channels}
+        self._places: dict[str, int] | None = None
+        self.staged = {int(file.stem) for file in (path / STAGING).glob("*.npz")}
+
+    def __len__(self) -> int:
+        return self.layout.samples
+
+    def __repr__(self) -> str:
+        done = int((self.status[:] == DONE).sum())
+        return f"Store({str(self.path)!r}: {done} of {len(self)} maps of {self.layout.height} x {self.layout.width})"
+
+    def by_key(self, key: str) -> Record:
+        """The sample of that key; ``KeyError`` if there is none. The first call reads all keys."""
+        if self._places is None:
+            self._places = {each: index for index, each in enumerate(self.key[:].tolist())}
+        if key not in self._places:
+            raise KeyError(f"no sample has the key {key!r} in {self.path}")
+        index = self._places[key]
+        numbers = int(self.label[index]), int(self.target[index]), float(self.probability[index])
+        last = float(self.leak[index]), int(self.status[index]), str(self.reason[index])
+        return Record(index, key, *numbers, *last, self.heatmap[index])
+
+    def dataset(self) -> StoreDataset:
+        """The maps that are done, as a torch data set of (heatmap float32 [H, W], label)."""
+        return StoreDataset(self)
+
+    def rows(self, names: Sequence[str], low: int, high: int) -> Rows:
+        """Fields of the samples ``low`` to ``high`` as they are stored, staged batches included."""
+        size = self.layout.batch_size
+        near = [batch for batch in range(low // size, -(-high // size)) if batch in self.staged]
+        # Staged ones first: what is compacted meanwhile is in the arrays by then.
+        staged = {batch: rows for batch in near if (rows := self.staged_rows(batch)) is not None}
+        found = {name: np.asarray(self._group[name][low:high]) for name in names}
+        for batch, rows in staged.items():
+            start, stop = self.layout.span(batch)
+            first, last = max(start, low), min(stop, high)
+            for name in set(names) & rows.keys():
+                found[name][first - low : last - low] = rows[name][first - start : last - start]
+        return found
+
+    def staged_rows(self, batch: int) -> Rows | None:
+        """What is staged of a batch, or None: nothing, or a file that is damaged."""
+        count = len(range(*self.layout.span(batch)))
+        try:
+            with open(_staged_file(self.path, batch), "rb") as opened, np.load(opened, allow_pickle=False) as file:
+                rows = {name: file[name] for name in self.layout.fields()}
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return None
+        rows["reason"] = rows["reason"].astype(object)
+        return rows if all(len(values) == count for values in rows.values()) else None
+
+
+class StoreDataset(Dataset[tuple[Tensor, int]]):
+    """See :meth:`Store.dataset`; ``indices`` are the places in the store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.indices = np.flatnonzero(store.status[:] == DONE)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        place = int(self.indices[index])
+        return torch.from_numpy(self.store.heatmap[place]), int(self.store.label[place])
+
+
+def open_store(path: str | os.PathLike[str]) -> Store:
+    """Open what ``lrp-fast attribute-dataset`` wrote, for reading; nothing but its description is read yet.
+
+    ``store.heatmap[i:j]`` float32 [n, H, W], ``store.by_key(key)``, ``len(store)``, ``store.attributes``,
+    ``store.dataset()``. Raises :class:`StoreError` if it is none or zarr is not installed.
+    """
+    return Store(Path(path))
+
+
+# Writing.
+
+
+class StoreWriter:
+    """A store opened for writing, begun if it is not there: ``with StoreWriter(path, layout, settings, ...) as writer``.
+
+    ``settings``: everything that decides what is stored, as JSON, nested at will. ``keys``, ``labels``: of all samples.
+    Entering raises :class:`SettingsError` if the store was begun with other settings, :class:`StoreError` if the path
+    holds something else or another run is writing, ``OSError`` if it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        settings: Mapping[str, Any],
+        keys: Sequence[str],
+        labels: npt.NDArray[np.int64],
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.path = path
+        self._layout = layout
+        described = {**asdict(layout), "channels": dict(layout.channels)}
+        self._attributes = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "layout": described,
+            "classes": list(classes),
+            **settings,
+        }
+        self._keys, self._labels = keys, labels
+
+    def __enter__(self) -> StoreWriter:
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            self._create()
+        elif not (self.path / "zarr.json").is_file():
+            raise StoreError(f"{self.path} exists and is not a store; results need a folder of their own")
+        self._lock = _lock(self.path)
+        try:
+            self.store = Store(self.path)
+            _check_settings(self.path, self.store.attributes, self._attributes)
+            self._layout = self.store.layout
+            self._group = _zarr().open_group(self.path, mode="r+", zarr_format=3)
+            self._recover()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def pending(self, retry_failed: bool = False) -> list[int]:
+        """The batches that are still to be computed; with ``retry_failed`` also those with failed samples."""
+        status = self.store.status[:]
+        open_samples = status == MISSING
+        if retry_failed:
+            open_samples |= status == FAILED
+        return sorted(set((np.flatnonzero(open_samples) // self._layout.batch_size).tolist()))
+
+    def put(self, batch: int, rows: Rows) -> None:
+        """Store a batch's rows; on return they are on the disk. Samples that are done already stay as they are."""
+        low, high = self._layout.span(batch)
+        done = self.store.status[low:high] == DONE
+        if done.any():
+            before = self.store.rows(tuple(rows), low, high)
+            for name, values in rows.items():
+                values[done] = before[name][done]
+        self._stage(batch, rows)
+        shard = batch // self._layout.shard_batches
+        if set(self._layout.batches_of(shard)) <= self.store.staged:
+            self._compact(shard)
+
+    def finish(self) -> None:
+        """Compact every shard that has staged batches and misses none."""
+        for shard in sorted({batch // self._layout.shard_batches for batch in self.store.staged}):
+            if self._is_complete(shard) or set(self._layout.batches_of(shard)) <= self.store.staged:
+                self._compact(shard)
+        with contextlib.suppress(OSError):  # batches of unfinished shards are still there
+            (self.path / STAGING).rmdir()
+
+    def _create(self) -> None:
+        """Make the store beside its place and rename it, so that a half-made one is never found there."""
+        zarr, layout = _zarr(), self._layout
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.lrp-fast-partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        group = zarr.create_group(partial, zarr_format=3, attributes=self._attributes)
+        for name, (dtype, shape) in layout.fields().items():
+            _create_array(group, name, layout, dtype, shape)
+        many = max(layout.shard_samples, 65536)  # these are written once, whole
+        for name, values, dtype in (
+            ("key", np.array(list(self._keys), object), str),
+            ("label", self._labels, np.int64),
+        ):
+            array = group.create_array(name, shape=values.shape, chunks=(many,), dtype=dtype)
+            array[:] = values
+        with warnings.catch_warnings():
+            # One file that describes all arrays spares readers a listing; zarr remarks that version 3 has no such word yet.
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(partial)
+        for file in sorted(partial.rglob("*")):
+            _sync(file)
+        os.rename(partial, self.path)
+        _sync(self.path.parent)
+
+    def _recover(self) -> None:
+        """Bring what a stopped run left into order: forget half-written files, compact what is due."""
+        for file in self.path.rglob("*.partial"):
+            file.unlink()
+        for batch in sorted(self.store.staged):
+            if self.store.staged_rows(batch) is None:
+                _staged_file(self.path, batch).unlink(missing_ok=True)
+                self.store.staged.discard(batch)
+        self.finish()
+
+    def _stage(self, batch: int, rows: Rows) -> None:
+        file = _staged_file(self.path, batch)
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_suffix(".partial")
+        # An array of objects would be pickled: the reasons become text of fixed width.
+        plain = {**rows, "reason": rows["reason"].astype(np.str_)}
+        try:
+            with open(partial, "wb") as opened:
+                np.savez(opened, allow_pickle=False, **plain)
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.replace(partial, file)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync(file.parent)
+        self.store.staged.add(batch)
+
+    def _compact(self, shard: int) -> None:
+        batches = self._layout.batches_of(shard)
+        low, high = self._layout.span(batches[0])[0], self._layout.span(batches[-1])[1]
+        rows = self.store.rows(tuple(self._layout.fields()), low, high)
+        for name, values in rows.items():  # status last: it says that all the others are there
+            array = self._group[name]
+            array[low:high] = values
+            self._sync_chunk(name, shard, array)
+        for batch in batches:
+            if batch in self.store.staged:
+                self.store.staged.discard(batch)
+                _staged_file(self.path, batch).unlink(missing_ok=True)
+
+    def _chunk_file(self, name: str, shard: int, array: Any) -> Path:
+        place = (shard, *([0] * (array.ndim - 1)))
+        return self.path / name / array.metadata.encode_chunk_key(place)
+
+    def _sync_chunk(self, name: str, shard: int, array: Any) -> None:
+        file = self._chunk_file(name, shard, array)
+        if file.exists():  # zarr leaves out a shard that holds nothing but zeros
+            for path in (file, *[parent for parent in file.parents if self.path / name in (parent, *parent.parents)]):
+                _sync(path)
+
+    def _is_complete(self, shard: int) -> bool:
+        return self._chunk_file("status", shard, self._group["status"]).exists()
+
+
+def _create_array(group: Any, name: str, layout: Layout, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+    """An array of a shard's samples to each file; maps are compressed one by one, so that one can be read alone."""
+    sharding: dict[str, Any] = {"chunks": (layout.shard_samples, *shape)}
+    if len(shape) == 2:
+        sharding = {"chunks": (1, *shape), "shards": (layout.shard_samples, *shape)}
+    fill: Any = "" if dtype is str else 0
+    group.create_array(name, shape=(layout.samples, *shape), dtype=dtype, fill_value=fill, **sharding)
+
+
+def _staged_file(path: Path, batch: int) -> Path:
+    return path / STAGING / f"{batch:09d}.npz"
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """Hold the store for this process, until it ends in whatever way."""
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreError(f"another run is writing to {path}") from error
+    return descriptor
+
+
+def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    there, here = dict(_flat(found)), dict(_flat(wanted))
+    # How many batches make a shard changes no value; the store's own stays.
+    names = sorted((there.keys() | here.keys()) - {"shard_batches"})
+    names = [name for name in names if there.get(name) != here.get(name)]
+    if names:
+        listed = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in names)
+        raise SettingsError(f"{path} was begun with other settings, so it cannot be continued with these: {listed}")
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names and plain values; that they belong to the layout goes without saying."""
+    if not isinstance(value, Mapping):
+        yield name, list(value) if isinstance(value, tuple) else value
+        return
+    for key, each in value.items():
+        prefix = "" if name in ("", "layout") else f"{name}."
+        yield from _flat(each, prefix + key)

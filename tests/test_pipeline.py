@@ -1,0 +1,476 @@
+"""From pictures to a store: the explainer's values, every failure named, and the same bits however a run is stopped."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lrp_fast import LRP, heat_quantize
+from lrp_fast.data import FileSource, Source, open_source
+from lrp_fast.images import load_picture
+from lrp_fast.models import LoadedModel, load_model
+from lrp_fast.pipeline import NOT_FINITE, Pipeline, PipelineError, PipelineOptions, Progress, weights_hash
+from lrp_fast.store import DONE, FAILED, Rows, SettingsError, Store, open_store
+
+pytest.importorskip("zarr")
+
+SIZE, COUNT = 32, 30
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Bits are compared with those of other processes, and pictures this small gain nothing from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model(None, None, SIZE)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty JPEGs of three classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(COUNT):
+        draw(folder / f"{index % 3}" / f"{index}.jpg")
+    return folder
+
+
+def draw(path: Path, **options: Any) -> Path:
+    generator = np.random.default_rng()
+    height, width = generator.integers(40, 60, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path, **options)
+    return path
+
+
+def run(
+    loaded: LoadedModel, source: Path | Source, output: Path, explainer: dict[str, Any] | None = None, **options: Any
+) -> Progress:
+    found = open_source(source) if isinstance(source, Path) else source
+    given = {"batch_size": 4, "workers": 0, "shard_batches": 2, **options}
+    return Pipeline(LRP(loaded.model, **(explainer or {})), loaded, found, PipelineOptions(**given)).into(output)
+
+
+def everything(store: Store) -> Rows:
+    return {**store.rows(tuple(store.layout.fields()), 0, len(store)), "key": store.key[:], "label": store.label[:]}
+
+
+def assert_same_bits(found: Path, expected: Path) -> None:
+    one, other = everything(open_store(found)), everything(open_store(expected))
+    assert one.keys() == other.keys()
+    for name in other:
+        same = one[name] == other[name] if name in ("key", "reason") else _bytes(one[name]) == _bytes(other[name])
+        assert np.all(same), name
+
+
+def _bytes(values: Any) -> bytes:
+    return np.ascontiguousarray(values).tobytes()
+
+
+def failures(store: Path) -> dict[str, str]:
+    with open(store / "failures.csv", newline="", encoding="utf-8") as file:
+        return {row["key"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def test_the_store_holds_what_the_explainer_gives(loaded: LoadedModel, pictures: Path, tmp_path: Path) -> None:
+    progress = run(loaded, pictures, tmp_path / "s", channels=("layer3", "layer4"))
+    assert (progress.total, progress.done, progress.failed, progress.fresh) == (COUNT, COUNT, 0, COUNT)
+    assert not (tmp_path / "s" / "failures.csv").exists()
+    store = open_store(tmp_path / "s")
+    files = sorted(pictures.rglob("*.jpg"))
+    assert store.key[:].tolist() == [file.relative_to(pictures).as_posix() for file in files]
+    assert store.label[:].tolist() == [int(file.parent.name) for file in files]
+    inputs = torch.stack([load_picture(file, loaded.preprocessing).tensor for file in files])
+    api = LRP(loaded.model).explain(inputs, layers=("layer3", "layer4"))
+    error = (torch.from_numpy(store.heatmap[:]) - api.heatmap).abs().amax((1, 2))
+    assert error.le(2.0**-11 * api.heatmap.abs().amax((1, 2))).all()
+    assert store.target[:].tolist() == api.target.tolist()
+    probability = api.output.double().softmax(1).gather(1, api.target[:, None])[:, 0]
+    assert np.allclose(store.probability[:], probability, rtol=1e-4)
+    assert np.allclose(store.leak[:], api.leak, atol=1e-5)
+    for name in ("layer3", "layer4"):
+        sums = api.layers[name].sum((2, 3))
+        assert store.channels[name][:].shape == sums.shape
+        assert np.allclose(store.channels[name][:], sums, rtol=1e-3, atol=1e-5 * float(sums.abs().max()))
+    assert store.attributes["weights_sha256"] == weights_hash(loaded.model)
+    assert store.attributes["composite"] == "otsuki2024"
+    assert progress.bytes_per_image == pytest.approx(_size(tmp_path / "s") / COUNT)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_levels_take_less_room_and_are_those_of_heat_quantize(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path
+) -> None:
+    explainer = {"composite": "epsilon_plus"}
+    large = run(loaded, pictures, tmp_path / "float", explainer)
+    small = run(loaded, pictures, tmp_path / "levels", explainer, levels=8)
+    assert small.bytes_per_image < 0.7 * large.bytes_per_image
+    inputs = [load_picture(file, loaded.preprocessing).tensor for file in sorted(pictures.rglob("*.jpg"))[4:8]]
+    api = LRP(loaded.model, "epsilon_plus").explain(torch.stack(inputs), relevance=False)
+    assert np.array_equal(open_store(tmp_path / "levels").heatmap[4:8], heat_quantize(api.heatmap, 8).numpy())
+
+
+def test_bad_files_are_named_and_all_others_explained(loaded: LoadedModel, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    good = {draw(folder / name).name for name in ("a.jpg", "m.jpg", "z.jpg")}
+    Image.new("CMYK", (50, 60), (10, 200, 30, 0)).save(folder / "print.jpg")
+    Image.new("L", (50, 60), 77).save(folder / "grey.jpg")
+    Image.fromarray(np.random.default_rng().integers(0, 65536, (50, 60)).astype(np.uint16)).save(folder / "deep.png")
+    frames = [Image.new("RGB", (50, 50), color) for color in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("L", (10_000, 5_000), 99).save(folder / "large.png", compress_level=1)
+    good |= {"print.jpg", "grey.jpg", "deep.png", "moving.gif", "large.png"}
+    (folder / "=zero.jpg").write_bytes(b"")
+    (folder / "torn.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
+    (folder / "text.jpg").write_text("no picture")
+    draw(folder / "real.png")
+    (folder / "real.png").rename(folder / "renamed.jpg")
+    good |= {"renamed.jpg"}
+    progress = run(loaded, folder, tmp_path / "s")
+    assert (progress.done, progress.failed) == (len(good), 3)
+    store = open_store(tmp_path / "s")
+    assert {store.key[i] for i in np.flatnonzero(store.status[:] == DONE)} == good
+    named = failures(tmp_path / "s")
+    assert named.keys() == {"'=zero.jpg", "torn.jpg", "text.jpg"}
+    assert "0 bytes" in named["'=zero.jpg"]
+    assert "damaged" in named["torn.jpg"]
+    assert "not a picture" in named["text.jpg"]
+    record = store.by_key("torn.jpg")
+    assert (record.status, record.reason, float(abs(record.heatmap).max())) == (FAILED, named["torn.jpg"], 0.0)
+    assert all(abs(store.by_key(name).heatmap).max() > 0 for name in good)
+
+
+def test_a_failed_neighbour_changes_no_bit_and_can_be_retried(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    for file in sorted(pictures.rglob("*.jpg")):
+        draw(folder / file.name)
+    run(loaded, folder, tmp_path / "whole")
+    contents = {name: (folder / name).read_bytes() for name in ("1.jpg", "10.jpg", "5.jpg")}
+    for name in contents:
+        (folder / name).write_bytes(b"")
+    run(loaded, folder, tmp_path / "s")
+    before, whole = open_store(tmp_path / "s"), open_store(tmp_path / "whole")
+    bad = np.isin(before.key[:].tolist(), list(contents))
+    assert bad.sum() == 3
+    assert np.array_equal(before.heatmap[:][~bad], whole.heatmap[:][~bad])
+    assert run(loaded, folder, tmp_path / "s").fresh == 0
+
+    for name in ("1.jpg", "5.jpg"):
+        (folder / name).write_bytes(contents[name])
+    moved = (folder / "11.jpg").rename(tmp_path / "11.jpg")  # done already, and in a batch that is computed again
+    source = _with_missing(folder, moved.name)
+    progress = run(loaded, source, tmp_path / "s", retry_failed=True)
+    assert (progress.fresh, progress.done, progress.failed) == (3, COUNT - 1, 1)
+    assert failures(tmp_path / "s").keys() == {"10.jpg"}
+    (folder / "10.jpg").write_bytes(contents["10.jpg"])
+    assert run(loaded, source, tmp_path / "s", retry_failed=True).failed == 0
+    assert_same_bits(tmp_path / "s", tmp_path / "whole")
+    assert not (tmp_path / "s" / "failures.csv").exists()
+
+
+def _with_missing(folder: Path, name: str) -> Source:
+    """The folder's source as it was when it had that file too."""
+    keys = sorted([*(file.name for file in folder.iterdir()), name])
+    return FileSource("folder", [folder / key for key in keys], keys, [-1] * len(keys))
+
+
+def spoiled(real: Any, change: Callable[[Any, int], None]) -> Any:
+    """``LRP.explain`` whose results are changed, given the number of the call."""
+    calls = 0
+
+    def explain(self: LRP, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        result = real(self, *arguments, **options)
+        change(result, calls)
+        calls += 1
+        return result
+
+    return explain
+
+
+@pytest.mark.parametrize("levels", [None, 8])
+def test_relevance_that_is_not_finite_is_a_failure(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: int | None
+) -> None:
+    def change(result: Any, call: int) -> None:
+        if call == 1:
+            result.heatmap[0, 3, 3] = torch.nan
+            result.heatmap[2, 0, 0] = torch.inf
+            result.layers["layer3"][3, 0, 0, 0] = -torch.inf
+
+    monkeypatch.setattr(LRP, "explain", spoiled(LRP.explain, change))
+    progress = run(loaded, pictures, tmp_path / "s", levels=levels, channels=("layer3",))
+    store = open_store(tmp_path / "s")
+    assert (progress.done, progress.failed) == (COUNT - 3, 3)
+    assert np.flatnonzero(store.status[:] == FAILED).tolist() == [4, 6, 7]
+    assert set(failures(tmp_path / "s").values()) == {NOT_FINITE}
+    for name, values in everything(store).items():
+        if values.dtype.kind == "f":
+            assert np.isfinite(values).all(), name
+    monkeypatch.undo()
+    run(loaded, pictures, tmp_path / "s", levels=levels, channels=("layer3",), retry_failed=True)
+    run(loaded, pictures, tmp_path / "whole", levels=levels, channels=("layer3",))
+    assert_same_bits(tmp_path / "s", tmp_path / "whole")
+
+
+def limited(real: Any, limit: int, sizes: list[int]) -> Any:
+    """``LRP.explain`` with memory for so many images."""
+
+    def explain(self: LRP, inputs: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(len(inputs))
+        if len(inputs) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, inputs, *arguments, **options)
+
+    return explain
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(loaded, pictures, tmp_path / "whole", batch_size=7)
+    sizes: list[int] = []
+    monkeypatch.setattr(LRP, "explain", limited(LRP.explain, 2, sizes))
+    progress = run(loaded, pictures, tmp_path / "s", batch_size=7)
+    assert progress.done == COUNT
+    assert sizes[:6] == [7, 4, 2, 2, 2, 1]
+    assert max(sizes[2:]) == 2
+    halved, whole = everything(open_store(tmp_path / "s")), everything(open_store(tmp_path / "whole"))
+    assert np.allclose(halved["scale"], whole["scale"], rtol=1e-5)
+    # Of values that differ by 1e-5, those nearest the middle of two float16 numbers go to either.
+    assert np.abs(halved["heatmap"].astype(float) - whole["heatmap"]).max() <= 2.0**-10
+    assert np.array_equal(halved["target"], whole["target"])
+
+    monkeypatch.setattr(LRP, "explain", limited(LRP.explain, 0, sizes))
+    with pytest.raises(PipelineError, match="even for one image"):
+        run(loaded, pictures, tmp_path / "none")
+
+
+def test_a_full_disk_leaves_a_readable_store(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(loaded, pictures, tmp_path / "whole")
+    real, calls = np.savez, 0
+
+    def full(file: Any, **arrays: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            file.write(b"some bytes")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(loaded, pictures, tmp_path / "s")
+    assert open_store(tmp_path / "s").status[:].tolist() == [1] * 12 + [0] * 18
+    monkeypatch.undo()
+    assert run(loaded, pictures, tmp_path / "s").fresh == 18
+    assert_same_bits(tmp_path / "s", tmp_path / "whole")
+
+
+def test_an_interruption_keeps_what_was_done(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(loaded, pictures, tmp_path / "whole")
+
+    def change(result: Any, call: int) -> None:
+        if call == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LRP, "explain", spoiled(LRP.explain, change))
+    progress = run(loaded, pictures, tmp_path / "s")
+    assert (progress.interrupted, progress.done) == (True, 16)
+    monkeypatch.undo()
+    progress = run(loaded, pictures, tmp_path / "s")
+    assert (progress.interrupted, progress.fresh) == (False, COUNT - 16)
+    assert_same_bits(tmp_path / "s", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "explainer", "named"),
+    [
+        ({"batch_size": 8}, {}, "batch_size: 4 there, 8 now"),
+        ({"levels": 8}, {}, "levels: None there, 8 now"),
+        ({"channels": ("layer3",)}, {}, "channels.layer3: None there"),
+        ({}, {"composite": "epsilon"}, "composite: 'otsuki2024' there, 'epsilon' now"),
+        ({}, {"split": "symmetric"}, "splits: 'ratio' there, 'symmetric' now"),
+        ({}, {"dtype": torch.float64}, "dtype: 'float32' there, 'float64' now"),
+    ],
+)
+def test_changed_settings_are_refused(
+    loaded: LoadedModel,
+    pictures: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    options: Any,
+    explainer: Any,
+    named: str,
+) -> None:
+    store = tmp_path_factory.getbasetemp() / "settings"
+    run(loaded, pictures, store)
+    with pytest.raises(SettingsError) as error:
+        run(loaded, pictures, store, explainer, **options)
+    assert named in str(error.value)
+
+
+def test_another_model_or_data_set_is_refused(loaded: LoadedModel, pictures: Path, tmp_path: Path) -> None:
+    run(loaded, pictures, tmp_path / "s")
+    fewer = tmp_path / "fewer"
+    for index in range(COUNT):
+        draw(fewer / f"{index}.jpg")
+    with pytest.raises(SettingsError, match="source.fingerprint"):
+        run(loaded, fewer, tmp_path / "s")
+    changed = load_model(None, None, SIZE)
+    with torch.no_grad():
+        next(changed.model.parameters())[0, 0, 0, 0] += 1
+    with pytest.raises(SettingsError, match="weights_sha256") as error:
+        run(changed, pictures, tmp_path / "s")
+    assert "source" not in str(error.value)
+    with pytest.raises(ValueError, match="no layer named 'layer9'"):
+        run(loaded, pictures, tmp_path / "other", channels=("layer9",))
+    assert not (tmp_path / "other").exists()
+
+
+def test_hostile_keys_and_class_names_stay_text(loaded: LoadedModel, tmp_path: Path) -> None:
+    good, bad = draw(tmp_path / "in" / "a.jpg"), tmp_path / "in" / "none.jpg"
+    keys = [
+        "../../escaped",
+        "/tmp/escaped",
+        "=1+1",
+        "a\nb",
+        "nul\0",
+        "é" * 3000,
+        "zarr.json",
+        ".",
+        "[red]x",
+        "\tx",
+        "@x",
+    ]
+    classes = ["../../escaped", "=HYPERLINK()", "\x1b[31m"]
+    before = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*"))
+    for name, path, status in (("good", good, DONE), ("bad", bad, FAILED)):
+        labels = [index % 3 for index in range(len(keys))]
+        source = FileSource("manifest", [path] * len(keys), keys, labels, classes)
+        run(loaded, source, tmp_path / name)
+        store = open_store(tmp_path / name)
+        assert store.key[:].tolist() == keys
+        assert [store.by_key(key).status for key in keys] == [status] * len(keys)
+        assert store.attributes["classes"] == classes
+    outside = [
+        name
+        for file in tmp_path.rglob("*")
+        if not (name := str(file.relative_to(tmp_path))).startswith(("good", "bad"))
+    ]
+    assert sorted(outside) == before
+    names = {part for file in (tmp_path / "bad").rglob("*") for part in file.parts}
+    assert not [name for name in names if "escaped" in name or "é" in name]
+    assert not [key for key in failures(tmp_path / "bad") if key.startswith(("=", "+", "-", "@", "\t"))]
+
+
+class Deadly(FileSource):
+    """A source one of whose pictures ends the process that decodes it."""
+
+    def read(self, index: int) -> bytes:
+        if index == 17:
+            os._exit(1)
+        return super().read(index)
+
+
+def test_workers_give_the_same_bits_and_their_death_loses_nothing(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path
+) -> None:
+    run(loaded, pictures, tmp_path / "whole")
+    source = open_source(pictures)
+    assert isinstance(source, FileSource)
+    arguments = ("folder", [Path(path) for path in source.paths], list(source.keys), source.labels, source.classes)
+    with pytest.raises(PipelineError, match="a decoding process ended"):
+        run(loaded, Deadly(*arguments), tmp_path / "s", workers=1)
+    done = int((open_store(tmp_path / "s").status[:] == DONE).sum())
+    assert done < COUNT
+    progress = run(loaded, pictures, tmp_path / "s", workers=2)
+    assert progress.fresh == COUNT - done
+    assert_same_bits(tmp_path / "s", tmp_path / "whole")
+
+
+def kill_and_resume(
+    loaded: LoadedModel, source: Path, tmp_path: Path, kills: int, batch_size: int, workers: int
+) -> None:
+    """Kill the command at random moments, finish its run, and compare with one that was left alone."""
+    store, whole = tmp_path / "killed", tmp_path / "whole"
+    arguments = [
+        "--source",
+        source,
+        "--size",
+        SIZE,
+        "--batch-size",
+        batch_size,
+        "--workers",
+        workers,
+        "--output",
+        store,
+    ]
+    command = [sys.executable, "-m", "lrp_fast", "attribute-dataset", *map(str, arguments), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    total = run(loaded, source, whole, batch_size=batch_size).total
+    counts = [0]
+    for _ in range(kills):
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            before, deadline = _files(store), time.monotonic() + 60
+            while process.poll() is None and _files(store) == before:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+        counts.append(_done(store))
+    assert 0 < counts[1] < total, "the first kill came too late to test anything"
+    assert counts == sorted(counts)
+    assert run(loaded, source, store, batch_size=batch_size).fresh == total - counts[-1]
+    assert_same_bits(store, whole)
+
+
+def _files(store: Path) -> set[Path]:
+    """What grows with every batch."""
+    return {*store.glob(".staging/*.npz"), *store.glob("status/c/*")}
+
+
+def _done(path: Path) -> int:
+    return int((open_store(path).status[:] == DONE).sum()) if (path / "zarr.json").exists() else 0
+
+
+def test_killed_and_resumed_gives_the_same_bits(loaded: LoadedModel, tmp_path: Path) -> None:
+    for index in range(150):
+        draw(tmp_path / "in" / f"{index}.jpg")
+    kill_and_resume(loaded, tmp_path / "in", tmp_path, kills=1, batch_size=3, workers=0)
+
+
+@pytest.mark.slow
+def test_two_thousand_pictures_killed_five_times(loaded: LoadedModel, tmp_path: Path) -> None:
+    for index in range(2000):
+        draw(tmp_path / "in" / f"{index % 7}" / f"{index}.jpg")
+    kill_and_resume(loaded, tmp_path / "in", tmp_path, kills=5, batch_size=16, workers=2)

@@ -1,0 +1,340 @@
+"""The store by itself: what goes in comes out, nothing is lost wherever a run stops, and nothing foreign is touched."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lrp_fast
+from lrp_fast.heatmap import from_heat_levels, heat_levels, heat_quantize
+from lrp_fast.store import (
+    DONE,
+    FAILED,
+    Layout,
+    Rows,
+    SettingsError,
+    Store,
+    StoreError,
+    StoreWriter,
+    open_store,
+)
+
+zarr = pytest.importorskip("zarr")
+
+SETTINGS = {"model": "m", "preprocessing": {"crop": 5, "mean": (0.5, 0.25)}}
+LAYOUT = Layout(samples=11, batch_size=2, height=4, width=5, channels={"layer1.0": 3}, shard_batches=2)
+
+
+def keys(layout: Layout) -> list[str]:
+    return [f"key/../{index}" for index in range(layout.samples)]
+
+
+def writer(path: Path, layout: Layout = LAYOUT, settings: dict[str, Any] = SETTINGS) -> StoreWriter:
+    return StoreWriter(path, layout, settings, keys(layout), np.arange(layout.samples) % 3 - 1)
+
+
+def random_maps(count: int, layout: Layout = LAYOUT) -> torch.Tensor:
+    return torch.randn(count, layout.height, layout.width) * 10.0 ** torch.randint(-12, 5, (count, 1, 1))
+
+
+def rows_of(layout: Layout, batch: int, maps: torch.Tensor) -> Rows:
+    low, high = layout.span(batch)
+    rows = layout.empty(high - low)
+    rows.update(layout.encode(maps[low:high]))
+    for name in layout.channels:
+        rows[f"channels/{name}"][:] = np.arange(low, high)[:, None]
+    rows["target"][:] = np.arange(low, high) + 1000
+    rows["status"][:] = DONE
+    return rows
+
+
+def everything(store: Store) -> Rows:
+    return {**store.rows(tuple(store.layout.fields()), 0, len(store)), "key": store.key[:], "label": store.label[:]}
+
+
+def assert_equal(found: Rows, expected: Rows) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype, name
+        assert np.array_equal(found[name], expected[name]), name
+
+
+def write_all(path: Path, maps: torch.Tensor, layout: Layout = LAYOUT) -> Rows:
+    with writer(path, layout) as opened:
+        for batch in opened.pending():
+            opened.put(batch, rows_of(layout, batch, maps))
+        opened.finish()
+    return everything(open_store(path))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    maps = random_maps(11)
+    write_all(tmp_path / "s", maps)
+    store = lrp_fast.open_store(tmp_path / "s")
+    assert len(store) == len(store.heatmap) == 11
+    # A float16 has 11 bits; below 2^-14 of the map's largest magnitude, its spacing is 2^-24 of that.
+    scale = maps.abs().amax((1, 2), keepdim=True)
+    bound = maps.abs() * 2.0**-11 + scale * (2.0**-25 + 2.0**-22)
+    assert (torch.from_numpy(store.heatmap[:]) - maps).abs().le(bound).all()
+    assert store.heatmap[2:9:3].dtype == np.float32
+    assert np.array_equal(store.heatmap[2:9:3], store.heatmap[:][2:9:3])
+    assert np.array_equal(store.heatmap[::-4], store.heatmap[:][::-4])
+    assert np.array_equal(store.heatmap[-1], store.heatmap[10])
+    assert store.heatmap[5:5].shape == (0, 4, 5)
+    assert np.array_equal(store.channels["layer1.0"][:], np.repeat(np.arange(11.0), 3).reshape(11, 3))
+    with pytest.raises(IndexError):
+        store.heatmap[11]
+    record = store.by_key("key/../7")
+    assert (record.index, record.label, record.target, record.status, record.reason) == (7, 0, 1007, DONE, "")
+    assert np.array_equal(record.heatmap, store.heatmap[7])
+    with pytest.raises(KeyError, match="no sample has the key 'none'"):
+        store.by_key("none")
+    assert store.attributes["preprocessing"] == {"crop": 5, "mean": [0.5, 0.25]}
+
+
+def test_small_and_zero_maps_survive_float16(tmp_path: Path) -> None:
+    layout = Layout(samples=3, batch_size=3, height=2, width=2)
+    maps = torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[1e-30, -2e-30], [5e-31, 0.0]], [[3e38, 1.0], [-1e38, 2e38]]])
+    write_all(tmp_path / "s", maps, layout)
+    found = torch.from_numpy(open_store(tmp_path / "s").heatmap[:])
+    assert (found[0] == 0).all()
+    assert torch.allclose(found[1], maps[1], rtol=1e-3, atol=0)
+    assert torch.allclose(found[2], maps[2], rtol=1e-3, atol=1e31)
+
+
+@pytest.mark.parametrize("levels", [2, 8, 256])
+def test_levels_are_those_of_heat_quantize(tmp_path: Path, levels: int) -> None:
+    layout = Layout(samples=11, batch_size=4, height=9, width=7, levels=levels)
+    maps = random_maps(11, layout)
+    maps[3] = 1.25  # a constant map
+    write_all(tmp_path / "s", maps, layout)
+    store = open_store(tmp_path / "s")
+    assert np.array_equal(store.heatmap[:], heat_quantize(maps, levels).numpy())
+    raw = zarr.open_group(tmp_path / "s", mode="r")["heatmap"]
+    assert raw.dtype == np.uint8
+    assert raw[:].max() == levels - 1
+
+
+def test_heat_levels_refuse_what_does_not_fit_a_byte() -> None:
+    index, low, high = heat_levels(torch.randn(2, 3, 4), 256)
+    assert from_heat_levels(index, low, high, 256).shape == (2, 3, 4)
+    for levels in (1, 257):
+        with pytest.raises(ValueError, match="2 to 256"):
+            heat_levels(torch.randn(2, 3, 4), levels)
+    with pytest.raises(ValueError, match="expected maps"):
+        heat_levels(torch.randn(3, 4))
+    with pytest.raises(ValueError, match="finite"):
+        heat_levels(torch.full((1, 3, 4), torch.nan))
+
+
+def test_shards_are_files_of_many_samples(tmp_path: Path) -> None:
+    layout = Layout(samples=400, batch_size=40, height=2, width=2, shard_batches=5)
+    write_all(tmp_path / "s", random_maps(400, layout), layout)
+    files = [file for file in (tmp_path / "s").rglob("*") if file.is_file()]
+    assert len([file for file in files if "heatmap" in file.parts and file.name != "zarr.json"]) == 2
+    assert len(files) < 40
+    assert not (tmp_path / "s" / ".staging").exists()
+
+
+def test_other_tools_read_it_without_a_warning(tmp_path: Path) -> None:
+    write_all(tmp_path / "s", random_maps(11))
+    (tmp_path / "s" / "failures.csv").write_text("")
+    group = zarr.open_group(tmp_path / "s", mode="r")
+    assert {name for name, _ in group.members()} >= {"heatmap", "scale", "key", "status", "channels"}
+    assert group["heatmap"].dtype == np.float16
+
+
+def test_the_torch_data_set_holds_what_is_done(tmp_path: Path) -> None:
+    maps = random_maps(11)
+    with writer(tmp_path / "s") as opened:
+        for batch in (0, 1, 3):
+            rows = rows_of(LAYOUT, batch, maps)
+            rows["status"][0] = FAILED
+            opened.put(batch, rows)
+    dataset = pickle.loads(pickle.dumps(open_store(tmp_path / "s").dataset()))
+    assert len(dataset) == 3
+    for place, index in enumerate((1, 3, 7)):
+        heatmap, label = dataset[place]
+        assert label == index % 3 - 1
+        assert torch.allclose(heatmap, maps[index], rtol=1e-3, atol=1e-6 * float(maps[index].abs().max()))
+
+
+def test_an_unfinished_store_shows_what_it_has(tmp_path: Path) -> None:
+    maps = random_maps(11)
+    with writer(tmp_path / "s") as opened:
+        for batch in (0, 1, 2, 5):
+            opened.put(batch, rows_of(LAYOUT, batch, maps))
+        assert opened.pending() == [3, 4]
+        # While it is being written, too.
+        assert open_store(tmp_path / "s").status[:].tolist() == [1] * 6 + [0] * 4 + [1]
+    store = open_store(tmp_path / "s")
+    assert "7 of 11 maps" in repr(store)
+    assert store.by_key("key/../10").target == 1010
+    assert store.heatmap[6].tolist() == np.zeros((4, 5)).tolist()
+
+
+def test_a_stop_at_any_step_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = random_maps(11)
+    expected = write_all(tmp_path / "whole", maps)
+
+    class StoppedError(Exception):
+        pass
+
+    steps, stop_at = 0, -1
+
+    def step(real: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == stop_at:
+                raise StoppedError
+            return real(*arguments, **options)
+
+        return counted
+
+    import lrp_fast.store as module
+
+    monkeypatch.setattr(module, "_sync", step(module._sync))
+    monkeypatch.setattr(os, "replace", step(os.replace))
+    monkeypatch.setattr(StoreWriter, "_sync_chunk", step(StoreWriter._sync_chunk))
+    write_all(tmp_path / "counted", maps)
+    total = steps
+    assert total > 50
+    for number, at in enumerate((torch.randperm(total)[:4] + 1).tolist()):
+        path = tmp_path / str(number)
+        steps, stop_at = 0, at
+        with pytest.raises(StoppedError):
+            write_all(path, maps)
+        stop_at = -1
+        assert_equal(write_all(path, maps), expected)
+        assert not list(path.rglob("*.partial"))
+
+
+def test_a_stop_within_a_compaction_shows_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, path = random_maps(4), tmp_path / "s"
+    layout = Layout(samples=4, batch_size=2, height=4, width=5, shard_batches=2)
+    expected = write_all(tmp_path / "whole", maps, layout)
+    with monkeypatch.context() as patch, writer(path, layout) as opened:
+        patch.setattr(StoreWriter, "_compact", lambda self, shard: None)
+        for batch in (0, 1):
+            opened.put(batch, rows_of(layout, batch, maps))
+    real = StoreWriter._sync_chunk
+    for last in layout.fields():
+
+        def stop(self: StoreWriter, name: str, shard: int, array: Any, last: str = last) -> None:
+            real(self, name, shard, array)
+            if name == last:
+                raise InterruptedError(name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreWriter, "_sync_chunk", stop)
+            with pytest.raises(InterruptedError, match=last), writer(path, layout):
+                pass
+        assert (path / "status" / "c" / "0").exists() == (last == "status")
+        assert_equal(everything(open_store(path)), expected)
+    with writer(path, layout) as opened:
+        assert opened.pending() == []
+    assert not (path / ".staging").exists()
+    assert_equal(everything(open_store(path)), expected)
+
+
+def test_a_damaged_staged_file_is_computed_again_and_never_unpickled(tmp_path: Path) -> None:
+    class Explosive:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "unpickled"),)
+
+    maps = random_maps(11)
+    with writer(tmp_path / "s") as opened:
+        for batch in (0, 2, 4):
+            opened.put(batch, rows_of(LAYOUT, batch, maps))
+    staging = tmp_path / "s" / ".staging"
+    (staging / "000000000.npz").write_bytes((staging / "000000000.npz").read_bytes()[:200])
+    (staging / "000000002.npz").write_bytes(b"")
+    rows: dict[str, Any] = rows_of(LAYOUT, 4, maps)
+    rows["reason"] = np.array([Explosive(), Explosive()], dtype=object)
+    np.savez(staging / "000000004.npz", **rows)
+    with writer(tmp_path / "s") as opened:
+        assert opened.pending() == [0, 1, 2, 3, 4, 5]
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_what_is_done_is_never_replaced(tmp_path: Path) -> None:
+    maps = random_maps(11)
+    with writer(tmp_path / "s") as opened:
+        for batch in range(6):
+            rows = rows_of(LAYOUT, batch, maps)
+            rows["status"][:] = [DONE, FAILED][: len(rows["status"])]
+            opened.put(batch, rows)
+        opened.finish()
+        before = everything(opened.store)
+        assert opened.pending() == []
+        assert opened.pending(retry_failed=True) == [0, 1, 2, 3, 4]
+        opened.put(1, {**rows_of(LAYOUT, 1, -maps)})
+        opened.finish()
+    after = everything(open_store(tmp_path / "s"))
+    changed = [index for index in range(11) if not np.array_equal(before["heatmap"][index], after["heatmap"][index])]
+    assert changed == [3]
+    assert after["status"].tolist() == [1, 2, 1, 1] + [1, 2] * 3 + [1]
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    write_all(tmp_path / "s", random_maps(11))
+    before = everything(open_store(tmp_path / "s"))
+    other = {**SETTINGS, "preprocessing": {"crop": 6, "mean": (0.5, 0.25)}, "dtype": "bfloat16"}
+    with pytest.raises(SettingsError) as error, writer(tmp_path / "s", settings=other):
+        pass
+    text = str(error.value)
+    assert "dtype: None there, 'bfloat16' now; preprocessing.crop: 5 there, 6 now" in text
+    assert "model" not in text
+    assert "mean" not in text
+    levels = Layout(samples=11, batch_size=2, height=4, width=5, levels=8, shard_batches=3)
+    with pytest.raises(SettingsError) as error, writer(tmp_path / "s", levels):
+        pass
+    assert str(error.value).endswith("channels.layer1.0: 3 there, None now; levels: None there, 8 now")
+    assert_equal(everything(open_store(tmp_path / "s")), before)
+
+
+def test_foreign_places_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("a")
+    with pytest.raises(StoreError, match="not a store"), writer(tmp_path / "photos"):
+        pass
+    assert os.listdir(tmp_path / "photos") == ["a.jpg"]
+    zarr.create_group(tmp_path / "other", zarr_format=3)
+    for path in ("photos", "other", "none"):
+        with pytest.raises(StoreError):
+            open_store(tmp_path / path)
+    with pytest.raises(StoreError, match="expected 'lrp-fast store', version 1"), writer(tmp_path / "other"):
+        pass
+    (tmp_path / "empty").mkdir()
+    write_all(tmp_path / "empty", random_maps(11))
+
+
+def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
+    with (
+        writer(tmp_path / "s"),
+        pytest.raises(StoreError, match="another run is writing"),
+        writer(tmp_path / "s"),
+    ):
+        pass
+    with writer(tmp_path / "s") as opened:
+        assert opened.pending() == list(range(6))
+
+
+def test_importing_the_package_imports_no_zarr() -> None:
+    program = (
+        "import sys, lrp_fast, lrp_fast.store, lrp_fast.pipeline; lrp_fast.open_store; "
+        "sys.modules['zarr'] = None\n"
+        "try: lrp_fast.open_store('/nowhere')\n"
+        "except lrp_fast.store.StoreError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "pip install 'lrp-fast[dataset]'" in run.stdout
