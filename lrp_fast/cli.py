@@ -144,8 +144,7 @@ def attribute(
     backend: Annotated[str, typer.Option(help=f"Who computes: {', '.join(BACKENDS)}.")] = "auto",
 ) -> None:
     """Explain pictures: for each an overlay (.png) and the raw map (.npy), a results.csv and an index.html gallery."""
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    _check_choice("--backend: unknown backend", backend, BACKENDS)
     splits = _parse_split(split)
     rules = _find_composite(composite)
     files = _find_files(images, output)

@@ -89,3 +89,14 @@ def without_winners(model: nn.Module) -> nn.Module:
     """A torchvision ResNet with an average pool behind its stem."""
     model.maxpool = nn.AvgPool2d(3, 2, 1)
     return model
+
+
+def errors(got: Tensor, expected: Tensor) -> Tensor:
+    """The relative L2 error of each map."""
+    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
+    return difference / expected.double().flatten(1).norm(dim=1)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The largest relative L2 error of any map."""
+    return float(errors(got, expected).max())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lrp_fast import LRP, Composite, Splits, TraceError, heat_quantize, list_composites
 from lrp_fast.rules import Epsilon, Gamma
-from networks import CifarResNet, calibrated
+from networks import CifarResNet, calibrated, relative_error
 
 SIDE = 32
 
@@ -27,12 +27,6 @@ def model() -> nn.Module:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(4, 3, SIDE, SIDE)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """The largest relative L2 error of any map."""
-    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
-    return float((difference / expected.double().flatten(1).norm(dim=1)).max())
 
 
 def test_attribution_holds_what_it_says(model: nn.Module, images: Tensor) -> None:

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_tensor
 
 from lrp_fast import LRP, list_composites, reference
 from lrp_fast.trace import parameter_table
-from networks import CifarResNet, calibrated, vgg, without_winners
+from networks import CifarResNet, calibrated, errors, vgg, without_winners
 
 POSITIVE = ("otsuki2024", "conserving")
 SPLITS = ("ratio", "symmetric", "residual-only")
@@ -58,12 +58,6 @@ def network(networks: dict[str, nn.Module], name: str) -> nn.Module:
             torch.manual_seed(11)
             networks[name] = calibrated((NETWORKS | CONTINUOUS)[name][0](), 11)
     return networks[name]
-
-
-def errors(got: Tensor, expected: Tensor) -> Tensor:
-    """Relative L2 error of each map."""
-    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
-    return difference / expected.double().flatten(1).norm(dim=1)
 
 
 @pytest.mark.parametrize("composite", list(list_composites()))

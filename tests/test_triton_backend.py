@@ -24,7 +24,7 @@ from lrp_fast.backends.triton import choice as choice_module
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
 from lrp_fast.backends.triton.launch import OPERATORS
 from lrp_fast.kernels.pointwise_conv import Blocks
-from networks import CifarResNet, calibrated
+from networks import CifarResNet, calibrated, relative_error
 
 
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
@@ -117,12 +117,6 @@ def images() -> Tensor:
 def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """k×k convolutions by their kernels too, which is otherwise for a measurement to decide."""
     monkeypatch.setattr(Choices, "of", lambda self, task: Choice("fused"))
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """The largest relative L2 error of any image."""
-    difference = (got.double() - expected.double()).flatten(1).norm(dim=1)
-    return float((difference / expected.double().flatten(1).norm(dim=1)).max())
 
 
 def bound(composite: str) -> float:

@@ -22,8 +22,8 @@ from lrp_fast.kernels.pointwise_conv import Blocks
 Tensors = Sequence[Any]
 """Tensors, and None where an optional one is missing."""
 Values = dict[str, Any]
-ARRIVAL = "arrival"
-"""Under this name a launch finds the text of its arrival."""
+ARRIVAL_TENSORS = 6
+"""So many tensors of an arrival stand behind an op's own."""
 
 
 def configuration(**values: object) -> str:
@@ -47,22 +47,20 @@ def _decoded(text: str) -> Values:
     return values
 
 
-def _values(configured: str, arrival: str) -> Values:
-    values = dict(_decoded(configured))
-    return values | {ARRIVAL: arrival} if arrival else values
-
-
 class Operator:
-    """A launcher as a custom op; ``like`` gives outputs of the right shape and dtype without computing them."""
+    """A launcher as a custom op; ``like`` gives outputs of the right shape and dtype without computing them.
+
+    Both get the op's own tensors and the values of its configuration, ``arrival`` among them where it settles one.
+    """
 
     def __init__(self, name: str, run: Callable[..., Sequence[Tensor]], like: Callable[..., Sequence[Tensor]]) -> None:
         self.name = name
 
         def launch(tensors: Tensors, configuration: str, arrival: str) -> list[Tensor]:
-            return list(run(tensors, _values(configuration, arrival)))
+            return list(run(*_given_to(tensors, configuration, arrival)))
 
         def fake(tensors: Tensors, configuration: str, arrival: str) -> list[Tensor]:
-            return list(like(tensors, _values(configuration, arrival)))
+            return list(like(*_given_to(tensors, configuration, arrival)))
 
         schema = "(Tensor?[] tensors, str configuration, str arrival) -> Tensor[]"
         self._op = torch.library.custom_op(f"lrp_fast::{name}", launch, mutates_args=(), schema=schema)
@@ -101,8 +99,16 @@ def _arrival(tensors: Tensors, text: str) -> Arrival:
     return Arrival(ends, value, previous, int(text.split(";")[0]), dense, even)
 
 
-def _ends_like(like: Tensor, shape: Sequence[int], text: str) -> list[Tensor]:
-    return [like.new_empty(*shape[:-1], groups * shape[-1]) for groups, _, _ in _ends(text)]
+def _given_to(tensors: Tensors, configured: str, arrival: str) -> tuple[Tensors, Values]:
+    """What an op's two functions get, from what the op gets."""
+    values = dict(_decoded(configured))
+    if not arrival:
+        return tensors, values
+    return tensors[:-ARRIVAL_TENSORS], values | {"arrival": _arrival(tensors[-ARRIVAL_TENSORS:], arrival)}
+
+
+def _ends_like(like: Tensor, shape: Sequence[int], values: Values) -> list[Tensor]:
+    return list(values["arrival"].prepared(like, tuple(shape)).outputs)
 
 
 # Forward ----------------------------------------------------------------------------------------------------------------
@@ -190,33 +196,31 @@ def _convolution(module: Any) -> tuple[tuple[Callable[..., Any], Callable[..., A
 
 
 def _run_arrive(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-    return merge.arrive(tensors[0], _arrival(tensors[1:], values.pop(ARRIVAL)))
+    return merge.arrive(tensors[0], values["arrival"])
 
 
 def _like_arrive(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-    like = tensors[0] if tensors[0] is not None else tensors[3]
-    return _ends_like(like, like.shape, values[ARRIVAL])
+    like = tensors[0] if tensors[0] is not None else values["arrival"].dense
+    return _ends_like(like, like.shape, values)
 
 
 def _run_pointwise_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-    s, weight, second, second_weight, *rest = tensors
-    pair = None if second is None else (second, second_weight)
-    return pointwise_conv.backward(s, weight, _arrival(rest, values.pop(ARRIVAL)), second=pair, **values)
+    s, weight, second, second_weight = tensors
+    return pointwise_conv.backward(s, weight, second=None if second is None else (second, second_weight), **values)
 
 
 def _like_pointwise_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
     s, weight = tensors[:2]
-    return _ends_like(s, (*s.shape[:-1], weight.shape[0]), values[ARRIVAL])
+    return _ends_like(s, (*s.shape[:-1], weight.shape[0]), values)
 
 
 def _run_spatial_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-    s, weight, *rest = tensors
-    return spatial_conv.backward(s, weight, _arrival(rest, values.pop(ARRIVAL)), **values)
+    return spatial_conv.backward(*tensors, **values)
 
 
 def _like_spatial_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
     s, weight = tensors[:2]
-    return _ends_like(s, (s.shape[0], values["height"], values["width"], weight.shape[0]), values[ARRIVAL])
+    return _ends_like(s, (s.shape[0], values["height"], values["width"], weight.shape[0]), values)
 
 
 def _run_stem_heatmap(tensors: Tensors, values: Values) -> Sequence[Tensor]:
@@ -259,18 +263,16 @@ def _like_winner_pool(tensors: Tensors, values: Values) -> Sequence[Tensor]:
 
 
 def _run_winner_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-    relevance, winner, *rest = tensors
-    return pool.winner_backward(relevance, winner, _arrival(rest, values.pop(ARRIVAL)), **values)
+    return pool.winner_backward(*tensors, **values)
 
 
 def _run_block_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-    s, *rest = tensors
-    return pool.block_backward(s, _arrival(rest, values.pop(ARRIVAL)), **values)
+    return pool.block_backward(*tensors, **values)
 
 
 def _like_pool_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
     s = tensors[0]
-    return _ends_like(s, (s.shape[0], values["height"], values["width"], s.shape[-1]), values[ARRIVAL])
+    return _ends_like(s, (s.shape[0], values["height"], values["width"], s.shape[-1]), values)
 
 
 def _run_spread(tensors: Tensors, values: Values) -> Sequence[Tensor]:

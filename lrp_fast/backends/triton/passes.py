@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from lrp_fast.layers import Convolution, MaxPool, Shape
 from lrp_fast.rules import Stabilizer, ZeroGuard
 
 Ends = tuple[End, ...]
+GUARDED = Denominators("own", stabilizer="guard")
+"""Of a pool under a zero-guard, whose one denominator is its average."""
 
 
 def arrive(acc: Tensor | None, arrival: Arrival) -> list[Tensor]:
@@ -52,6 +55,11 @@ def gate_ends(gates: Tensor, denominators: Denominators) -> Ends:
     return (End(gates, denominators.groups),)
 
 
+def all_gates(gates: Gates) -> tuple[Tensor, ...]:
+    """The torch backend's gates, and after them what its zero-guard spreads."""
+    return gates.groups if gates.dead is None else (*gates.groups, gates.dead)
+
+
 class TritonPasses(Passes):
     """Passes whose relevance is settled by a kernel. ``shape``: of the unit's output, without batch.
 
@@ -64,9 +72,10 @@ class TritonPasses(Passes):
     shape: Shape
     dtype: torch.dtype
 
-    @abstractmethod
     def ends(self, saved: object) -> Ends:
-        """Where relevance that arrives goes on to."""
+        """Where relevance that arrives goes on to: what the forward pass saved."""
+        assert isinstance(saved, tuple)
+        return saved
 
     def left(self, outputs: list[Tensor], saved: object) -> Sequence[Any]:
         """What leaves, from one output for each of :meth:`ends`."""
@@ -136,13 +145,7 @@ class SettledLinear(TritonPasses):
         value = value.relu() if self.relu else value
         gates = self.operation.gates(z, output, value if self.over_value else 1.0)
         # A kernel counts the rows of value and gates alike, also where z is the same for every image.
-        groups = tuple(gate.expand(value.shape[0], *gate.shape[1:]) for gate in gates.groups)
-        return value, Gates(groups, None if gates.dead is None else gates.dead.expand_as(groups[0]))
-
-    def ends(self, saved: object) -> Ends:
-        assert isinstance(saved, Gates)
-        gates = saved.groups if saved.dead is None else (*saved.groups, saved.dead)
-        return tuple(End(pack(gate)) for gate in gates)
+        return value, tuple(End(pack(gate.expand(len(value), *gate.shape[1:]))) for gate in all_gates(gates))
 
     def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
         tensors = [unpack(s) for s in leaving]
@@ -179,7 +182,7 @@ class StemLinear(SettledLinear):
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
         stacked = pack(self.operation.layer.apply(sources[0].to(self.operation.dtype), self.weight))
         value, gates = launch("gate", [stacked, self.bias, None, self.fixed], self.gate)
-        return unpack(value), Gates((unpack(gates),))
+        return unpack(value), (End(gates),)
 
     def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
         if not (heatmap and self.direct):
@@ -194,6 +197,54 @@ def stabilizer_form(operation: LinearOperation) -> Literal["signed", "plain", "v
     if not isinstance(stabilizer, Stabilizer):
         return "guard"
     return "signed" if stabilizer.signed else "vanishing" if operation.may_vanish else "plain"
+
+
+class Weights(NamedTuple):
+    """A convolution's weights in the layouts of the kernels and of the library, for all shapes of its input.
+
+    ``forward``: S · C × Cin, or S · C × kh × kw × Cin / groups; ``backward``: Cin × G · C, or as ``pack_backward`` has it;
+    ``library`` and ``transposed``: the same in the library's layout, (S · C or G · C) × Cin / groups × kh × kw.
+    """
+
+    forward: Tensor
+    backward: Tensor
+    library: Tensor
+    transposed: Tensor
+    bias: Tensor | None
+
+
+_PACKED: weakref.WeakKeyDictionary[LinearOperation, Weights] = weakref.WeakKeyDictionary()
+
+
+def packed_weights(operation: LinearOperation, denominators: Denominators) -> Weights:
+    """The weights of an operation, packed once: an operation is bound to its weights, and outlives the shapes."""
+    if operation not in _PACKED:
+        _PACKED[operation] = _pack(operation, denominators)
+    return _PACKED[operation]
+
+
+def _pack(operation: LinearOperation, denominators: Denominators) -> Weights:
+    layer, stacks = operation.layer, operation.stacks["x"]
+    assert isinstance(layer, Convolution)
+    # The kernels sum W⁺ and W⁻ in float32, where the torch backend evaluates W beside them.
+    skipped = operation.own_weights[0].shape[0] if denominators.kind == "signs" else 0
+    bias = None
+    if any(found is not None for _, _, found in stacks):
+        biases = [w.new_zeros(w.shape[0]) if found is None else found for _, w, found in stacks]
+        bias = torch.cat(biases)[skipped:]
+    weight = torch.cat([weight for _, weight, _ in stacks])[skipped:]
+    library = weight
+    if layer.groups > 1 and denominators.stacks > 1:
+        # One convolution serves both stacks if the outputs of a group lie side by side.
+        beside = weight.unflatten(0, (denominators.stacks, layer.groups, -1)).transpose(0, 1)
+        library = beside.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+    transposed = torch.cat(operation.transposes["x"][1])
+    if is_pointwise(layer, operation):
+        forward, backward = weight.flatten(1).contiguous(), transposed.flatten(1).t().contiguous()
+    else:
+        forward = pack(weight)
+        backward = pack_backward(pack(transposed), groups=layer.groups, gates=denominators.groups)
+    return Weights(forward, backward, library, transposed, bias)
 
 
 class FusedLinear(TritonPasses):
@@ -219,7 +270,7 @@ class FusedLinear(TritonPasses):
         # A zero-guard looks at a whole image before its first gate.
         self.fuses = onward.way == "fused" and self.guard is None
         self._configure()
-        self._pack()
+        self.weights = packed_weights(operation, denominators)
         ways = (f"{self.kernel}_conv" if self.fuses else "library + gate", _way(self.kernel, back))
         self.service = "triton: " + " / ".join(dict.fromkeys(ways))
 
@@ -244,58 +295,33 @@ class FusedLinear(TritonPasses):
         window = {"kernel": tuple(kernel), "stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         self.spread = configuration(**window, height=height, width=width, channels=channels)
 
-    def _pack(self) -> None:
-        """Weights in the kernels' layouts, once."""
-        operation, layer, stacks = self.operation, self.layer, self.operation.stacks["x"]
-        # The kernels sum W⁺ and W⁻ in float32, where the torch backend evaluates W beside them.
-        skipped = self.shape[0] if self.denominators.kind == "signs" else 0
-        self.bias = None
-        if any(bias is not None for _, _, bias in stacks):
-            biases = [w.new_zeros(w.shape[0]) if b is None else b for _, w, b in stacks]
-            self.bias = torch.cat(biases)[skipped:]
-        weight = torch.cat([weight for _, weight, _ in stacks])[skipped:]  # S · C × Cin / groups × kh × kw
-        self.library_weight = weight
-        if layer.groups > 1 and self.denominators.stacks > 1:
-            # One convolution serves both stacks if the outputs of a group lie side by side.
-            beside = weight.unflatten(0, (self.denominators.stacks, layer.groups, -1)).transpose(0, 1)
-            self.library_weight = beside.flatten(0, 2).contiguous(memory_format=torch.channels_last)
-        self.transposed = torch.cat(operation.transposes["x"][1])  # G · C × Cin / groups × kh × kw
-        if self.pointwise:
-            self.weight = weight.flatten(1).contiguous()
-            self.packed = self.transposed.flatten(1).t().contiguous()  # Cin × G · C
-        else:
-            self.weight = pack(weight)
-            self.packed = pack_backward(pack(self.transposed), groups=layer.groups, gates=self.denominators.groups)
-
     # Forward.
 
     def raw(self, x: Tensor) -> Tensor:
         """The library's convolution with stacked weights, without bias: N × H × W × S · C."""
         layer = self.layer
         geometry = (layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.stride), layer.groups)
-        return pack(torch.convolution(x.to(self.operation.dtype), self.library_weight, None, *geometry))
+        return pack(torch.convolution(x.to(self.operation.dtype), self.weights.library, None, *geometry))
 
     def limit(self, stacked: Tensor) -> Tensor | None:
         """What counts as a zero denominator in each image, under a zero-guard: N."""
         if self.guard is None:
             return None
-        (maximum,) = launch("image_maximum", [stacked, self.bias], self.maximum)
+        (maximum,) = launch("image_maximum", [stacked, self.weights.bias], self.maximum)
         return maximum * self.guard.threshold
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
         x = sources[0].to(self.operation.dtype)
         if self.fuses:
-            value, gates = launch(f"{self.kernel}_gated", [pack(x), self.weight, self.bias], self.gated)
+            value, gates = launch(
+                f"{self.kernel}_gated", [pack(x), self.weights.forward, self.weights.bias], self.gated
+            )
         else:
             stacked = self.raw(x)
-            value, gates = launch("gate", [stacked, self.bias, self.limit(stacked), None], self.gate)
-        return unpack(value), gates
+            value, gates = launch("gate", [stacked, self.weights.bias, self.limit(stacked), None], self.gate)
+        return unpack(value), gate_ends(gates, self.denominators)
 
     # Backward.
-
-    def ends(self, saved: object) -> Ends:
-        assert isinstance(saved, Tensor)
-        return gate_ends(saved, self.denominators)
 
     def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
         s, *dead = leaving
@@ -303,7 +329,7 @@ class FusedLinear(TritonPasses):
         if self.back.way == "library":
             return Arrived(acc=self._library(s), even=even)
         if self.adds:
-            return Arrived(product=(s, self.packed), even=even)
+            return Arrived(product=(s, self.weights.backward), even=even)
         (acc,) = self._launch(s, Arrival((End(),)))
         if self.pointwise and self.layer.stride[0] > 1:
             return Arrived(strided=(unpack(acc), self.layer.stride[0]), even=even)
@@ -322,13 +348,13 @@ class FusedLinear(TritonPasses):
 
     def _launch(self, s: Tensor, arrival: Arrival, product: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         second = [*(product or (None, None))] if self.pointwise else []
-        return launch(f"{self.kernel}_backward", [s, self.packed, *second], self.backward, arrival)
+        return launch(f"{self.kernel}_backward", [s, self.weights.backward, *second], self.backward, arrival)
 
     def _library(self, s: Tensor) -> Tensor:
         layer, groups = self.layer, self.denominators.groups
         if layer.groups == 1 or groups == 1:
-            return transposed_convolution(unpack(s), self.transposed, layer, self.x_shape, layer.groups)
-        halves = zip(unpack(s).chunk(groups, 1), self.transposed.chunk(groups), strict=True)
+            return transposed_convolution(unpack(s), self.weights.transposed, layer, self.x_shape, layer.groups)
+        halves = zip(unpack(s).chunk(groups, 1), self.weights.transposed.chunk(groups), strict=True)
         first, second = (transposed_convolution(a, w, layer, self.x_shape, layer.groups) for a, w in halves)
         return first + second
 
@@ -379,16 +405,18 @@ class FusedMerge(TritonPasses):
         x, y = sources[self.this], sources[self.other]
         beside = self.beside
         other = pack(y) if beside is None else beside.raw(y)
-        bias = None if beside is None else beside.bias
+        bias = None if beside is None else beside.weights.bias
         if self.last.fuses:
             x = pack(x.to(self.last.operation.dtype))
             merged, *gates = launch(
-                f"{self.last.kernel}_merged", [x, self.last.weight, self.last.bias, other, bias], self.merged
+                f"{self.last.kernel}_merged",
+                [x, self.last.weights.forward, self.last.weights.bias, other, bias],
+                self.merged,
             )
         else:
             stacked = self.last.raw(x)
             limits = (self.last.limit(stacked), None if beside is None else beside.limit(other))
-            tensors = [stacked, self.last.bias, limits[0], other, bias, limits[1]]
+            tensors = [stacked, self.last.weights.bias, limits[0], other, bias, limits[1]]
             merged, *gates = launch("merge", tensors, self.merge)
         saved: list[Ends] = [(End(scale=weight),) for weight in self.weights]
         saved[self.this] = gate_ends(gates[0], self.last.denominators)
@@ -432,7 +460,7 @@ class FusedPool(TritonPasses):
         self.guard = operation.stabilizer if isinstance(operation.stabilizer, ZeroGuard) else None
         height, width = x_shape[1:]
         self.backward = configuration(stride=block, height=height, width=width)
-        self.gate = configuration(denominators=Denominators("own", stabilizer="guard"), relu=False, over_value=False)
+        self.gate = configuration(denominators=GUARDED, relu=False, over_value=False)
         self.service = "triton: pool"
         layer = operation.layer
         self.maximum: str | None = None
@@ -446,22 +474,17 @@ class FusedPool(TritonPasses):
             self.service = "torch, then triton: pool"
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
-        x = sources[0].to(self.operation.dtype)
+        x = sources[0].to(self.dtype)
         if self.maximum is None:
             value, gates = self.operation.forward(x)
-            return value, [*gates.groups] + ([] if gates.dead is None else [gates.dead])
+            return value, tuple(End(pack(gate.reshape(len(value), *self.shape))) for gate in all_gates(gates))
         if self.guard is None:
             value, gate = launch("max_pool", [pack(x)], self.maximum)
-            return unpack(value), [unpack(gate)]
+            return unpack(value), (End(gate),)
         value, z = launch("max_pool_average", [pack(x)], self.maximum)
         limit = z.flatten(1).amax(1) * self.guard.threshold
-        _, coded = launch("gate", [z, None, limit, None], self.gate)
-        coded = coded.to(self.operation.dtype)
-        return unpack(value), [unpack(coded.clamp(min=0)), unpack((-coded).clamp(min=0))]
-
-    def ends(self, saved: object) -> Ends:
-        assert isinstance(saved, list)
-        return tuple(End(pack(gate.reshape(gate.shape[0], *self.shape))) for gate in saved)
+        _, gate = launch("gate", [z, None, limit, None], self.gate)
+        return unpack(value), gate_ends(gate.to(self.dtype), GUARDED)
 
     def settle(self, arrived: Arrived, value: Tensor | None, saved: object) -> Sequence[Any]:
         whole = [x if x is None else x.reshape(x.shape[0], *self.shape) for x in (arrived.acc, arrived.dense, value)]

@@ -62,7 +62,7 @@ def _candidates(layer: FusedLinear, direction: Direction, batch: int) -> Iterato
     columns, inner = (outputs, inputs) if forward else (inputs, outputs * layer.denominators.groups)
     precision: Any = layer.precision
     if layer.pointwise:
-        capability = _capability(layer.packed.device)
+        capability = _capability(layer.weights.backward.device)
         rows = batch * height * width
         blocks = pointwise_conv.candidates(rows, columns, inner, stacks, dtype, precision, capability)
     else:
@@ -80,7 +80,7 @@ def _capability(device: torch.device) -> int:
 
 def _work(layer: FusedLinear, direction: Direction, batch: int) -> Callable[[], object]:
     """One pass of a layer on random tensors, with a plain gate at the other end."""
-    device, dtype = layer.packed.device, layer.operation.dtype
+    device, dtype = layer.weights.backward.device, layer.operation.dtype
 
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, device=device, dtype=dtype)
