@@ -1,0 +1,15 @@
+"""The command line: ``lrp-fast attribute``, ``attribute-dataset``, ``demo``, ``composites``, ``models``.
+
+Exit codes: 0 all good, 1 an error, 2 a mistake in the command, 3 some pictures failed, 130 interrupted (Ctrl-C). What
+the commands offer comes from the registries of composites, splits and models. A command is one file here.
+"""
+
+from lrp_fast.cli import attribute, dataset, demo, listing  # noqa: F401 - importing a command registers it
+from lrp_fast.cli.common import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line; the entry point ``lrp-fast``."""
+    app()
