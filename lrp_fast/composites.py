@@ -92,6 +92,16 @@ class Composite:
             raise ValueError(f"composite {name!r} has no parameter {', '.join(unknown)}; it has: {', '.join(known)}")
         return factory(**parameters)
 
+    @staticmethod
+    def for_range(name: str, low: Sequence[float], high: Sequence[float]) -> Composite:
+        """The registered composite of that name, told the least and the largest input of each channel.
+
+        Only those with a zᴮ rule have use for it; all others are as :meth:`named` gives them.
+        """
+        factory = _REGISTRY.get(name.replace("-", "_"))
+        bounded = factory is not None and {"low", "high"} <= set(inspect.signature(factory).parameters)
+        return Composite.named(name, low=low, high=high) if bounded else Composite.named(name)
+
     def with_rule(self, layers: str | type, rule: Rule) -> Composite:
         """This composite with another rule for some linear layers.
 

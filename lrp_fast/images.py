@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ SUFFIXES = frozenset({
     ".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
     ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 })  # fmt: skip
+INTERPOLATIONS = tuple(name.lower() for name in Image.Resampling.__members__)
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
 """The largest file that is read into memory whole."""
@@ -50,7 +52,8 @@ class Preprocessing:
     """How a network wants its pictures: shorter side to ``resize`` pixels, centre ``crop`` x ``crop``, then normalised.
 
     ``mean`` and ``std`` per channel (red, green, blue) are for values in [0, 1]; ``interpolation`` is a name of
-    ``PIL.Image.Resampling``. Raises ``ValueError`` for a crop larger than the resized picture or an unknown name.
+    ``PIL.Image.Resampling``. Raises ``ValueError`` for a crop larger than the resized picture, a mean outside [0, 1], a
+    standard deviation that is not positive, or an unknown name.
     """
 
     resize: int
@@ -62,13 +65,54 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize:
             raise ValueError(f"the crop must lie in 1..{self.resize} (the resized shorter side), got {self.crop}")
-        if self.interpolation.upper() not in Image.Resampling.__members__:
-            known = ", ".join(name.lower() for name in Image.Resampling.__members__)
-            raise ValueError(f"unknown interpolation {self.interpolation!r}; known: {known}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} must be three finite numbers (red, green, blue), got {tuple(values)}")
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean is for pixel values in [0, 1], not 0 to 255; got {tuple(self.mean)}")
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std must be positive, got {tuple(self.std)}")
+        if self.interpolation.lower() not in INTERPOLATIONS:
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; known: {', '.join(INTERPOLATIONS)}")
+
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"shorter side to {self.resize} px ({self.interpolation}), minus {mean}, over {std}"
+
+    def bounds(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What black and white become, channel by channel: the least and the largest input there is."""
+        low, high = (
+            tuple((value - mean) / std for mean, std in zip(self.mean, self.std, strict=True)) for value in (0.0, 1.0)
+        )
+        return low, high
 
     def with_size(self, size: int) -> Preprocessing:
         """The same for crops of ``size`` pixels, with the margin around the crop in proportion."""
+        if size < 1:
+            raise ValueError(f"a crop must be at least 1 pixel wide, got {size}")
         return replace(self, resize=max(size, round(self.resize * size / self.crop)), crop=size)
+
+    def override(
+        self,
+        *,
+        resize: int | None = None,
+        crop: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str | None = None,
+    ) -> Preprocessing:
+        """The same but for what is given; a crop without a ``resize`` keeps its margin in proportion.
+
+        Raises ``ValueError`` as the class does.
+        """
+        same = self if crop is None else self.with_size(crop)
+        return Preprocessing(
+            resize=same.resize if resize is None else resize,
+            crop=same.crop,
+            mean=same.mean if mean is None else _floats(mean),
+            std=same.std if std is None else _floats(std),
+            interpolation=same.interpolation if interpolation is None else interpolation.lower(),
+        )
 
     def frame(self, image: Image.Image) -> Image.Image:
         """The part of a picture that the network sees, resized: ``crop`` x ``crop`` pixels in the picture's own mode.
@@ -92,6 +136,10 @@ class Preprocessing:
         values = torch.from_numpy(np.asarray(image, dtype=np.uint8).copy()).permute(2, 0, 1).to(torch.float32) / 255
         mean, std = (torch.tensor(each, dtype=torch.float32).view(3, 1, 1) for each in (self.mean, self.std))
         return ((values - mean) / std).contiguous()
+
+
+def _floats(values: Sequence[float]) -> tuple[float, float, float]:
+    return cast("tuple[float, float, float]", tuple(map(float, values)))  # how many there are, the class checks
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,19 +2,23 @@
 
 Arrays, one row for each of N samples: ``heatmap`` [N, H, W], float16 of the map over its largest magnitude with that
 ``scale``, or (with levels) uint8 level indices with each map's ``low`` and ``high``; ``channels/LAYER`` [N, C], relevance
-summed over space; ``key``, ``label`` (-1: none), ``target``, ``probability``, ``leak``, ``status`` and ``reason``.
+summed over space; ``relevance/LAYER`` [N, C, H, W], float16 over ``relevance_scale/LAYER``; ``key``, ``label`` (-1: none),
+``target``, ``probability``, ``leak``, ``status`` and ``reason``.
 
 A finished batch is staged as a file of its own (``.staging``); once all batches of a shard are, they are compacted:
 every array's shard is written once, ``status`` last, and the staged files go. What a run has done is therefore on the disk
-whenever it is stopped, and a shard whose ``status`` exists is complete. zarr is imported when a store is opened.
+whenever it is stopped, and a shard whose ``status`` exists is complete. Several processes may write at once, each its own
+part: whole shards, which it locks. zarr is imported when a store is opened.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import shutil
+import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,9 +37,14 @@ from lrp_fast.heatmap import from_heat_levels, heat_levels
 
 FORMAT, FORMAT_VERSION = "lrp-fast store", 1
 MISSING, DONE, FAILED = 0, 1, 2
-SAMPLES_PER_SHARD = 1024
+SAMPLES_PER_SHARD, BYTES_PER_SHARD = 1024, 1 << 28
 STAGING = ".staging"
-_CHANNELS = "channels/"
+CHANNELS, RELEVANCE, RELEVANCE_SCALE = "channels/", "relevance/", "relevance_scale/"
+INPUT = "input"
+"""The name under which the relevance of the pictures themselves is stored, beside those of layers."""
+LOCK = ".lock"
+_WHOLE_STORE = 1 << 40
+"""A byte of the lock file that stands for the store as a whole; the bytes before it are its shards."""
 
 Array = npt.NDArray[Any]
 Rows = dict[str, Array]
@@ -55,7 +64,7 @@ class Layout:
     """The shapes of a store: ``samples`` maps of ``height`` x ``width`` in batches of ``batch_size``.
 
     ``levels``: of the heat quantization, ``None`` for float16 maps; ``channels``: layer name → number of channels;
-    ``shard_batches``: whole batches in a shard.
+    ``shard_batches``: whole batches in a shard, 0 for about a thousand samples; ``relevance``: layer name → shape (C, H, W).
     """
 
     samples: int
@@ -65,10 +74,13 @@ class Layout:
     levels: int | None = None
     channels: Mapping[str, int] = field(default_factory=dict)
     shard_batches: int = 0
+    relevance: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.shard_batches == 0:
-            object.__setattr__(self, "shard_batches", max(1, SAMPLES_PER_SHARD // self.batch_size))
+            widths = [np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in self.fields().values()]
+            samples = min(SAMPLES_PER_SHARD, BYTES_PER_SHARD // max(widths))
+            object.__setattr__(self, "shard_batches", max(1, samples // self.batch_size))
 
     @property
     def batches(self) -> int:
@@ -97,7 +109,10 @@ class Layout:
         else:
             ends = {"low": (np.float32, ()), "high": (np.float32, ())}
             maps = {"heatmap": (np.uint8, (self.height, self.width)), **ends}
-        layers = {_CHANNELS + name: (np.float32, (count,)) for name, count in self.channels.items()}
+        layers: dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]
+        layers = {CHANNELS + name: (np.float32, (count,)) for name, count in self.channels.items()}
+        for name, shape in self.relevance.items():
+            layers |= {RELEVANCE + name: (np.float16, tuple(shape)), RELEVANCE_SCALE + name: (np.float32, ())}
         numbers = {"target": (np.int64, ()), "probability": (np.float32, ()), "leak": (np.float32, ())}
         return {**maps, **layers, **numbers, "reason": (str, ()), "status": (np.uint8, ())}
 
@@ -108,16 +123,17 @@ class Layout:
             for name, (dtype, shape) in self.fields().items()
         }
 
-    def encode(self, heatmaps: Tensor) -> Rows:
+    def encode(self, heatmaps: Tensor) -> dict[str, Tensor]:
         """Finite maps [n, H, W] as their stored fields; scaled maps err by at most 2^-11 of a value or 2^-25 of the scale."""
         values = heatmaps.detach().float()
         if self.levels is not None:
-            index, low, high = heat_levels(values, self.levels)
-            return {"heatmap": index.cpu().numpy(), "low": low.cpu().numpy(), "high": high.cpu().numpy()}
-        scale = values.flatten(1).abs().amax(1)
-        divisor = torch.where(scale > 0, scale, 1.0)
-        scaled = (values / divisor[:, None, None]).half()
-        return {"heatmap": scaled.cpu().numpy(), "scale": scale.cpu().numpy()}
+            return dict(zip(("heatmap", "low", "high"), heat_levels(values, self.levels), strict=True))
+        return dict(zip(("heatmap", "scale"), _scaled(values), strict=True))
+
+    def encode_relevance(self, layer: str, relevance: Tensor) -> dict[str, Tensor]:
+        """Finite relevance [n, C, H, W] of a layer as its stored fields; errors as of scaled maps."""
+        scaled, scale = _scaled(relevance.detach().float())
+        return {RELEVANCE + layer: scaled, RELEVANCE_SCALE + layer: scale}
 
     def decode(self, rows: Rows) -> npt.NDArray[np.float32]:
         """The maps float32 [n, H, W] of what :meth:`encode` made."""
@@ -128,6 +144,49 @@ class Layout:
 
     def map_fields(self) -> tuple[str, ...]:
         return ("heatmap", "scale") if self.levels is None else ("heatmap", "low", "high")
+
+
+def _scaled(values: Tensor) -> tuple[Tensor, Tensor]:
+    """float16 of the values over each sample's largest magnitude, and that magnitude: plain float16 would underflow."""
+    scale = values.flatten(1).abs().amax(1)
+    divisor = torch.where(scale > 0, scale, 1.0)
+    return (values / divisor.view(-1, *[1] * (values.ndim - 1))).half(), scale
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share of one of ``count`` processes that write a store together: part ``index``, whole shards in a row."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"expected a part I/N with 0 <= I < N, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def divided(self, index: int, count: int) -> Part:
+        """Part ``index`` of ``count`` of this part."""
+        return Part(self.index * count + index, self.count * count)
+
+    def shards(self, layout: Layout) -> range:
+        low, high = (layout.shards * each // self.count for each in (self.index, self.index + 1))
+        return range(low, high)
+
+    def batches(self, layout: Layout) -> range:
+        shards = self.shards(layout)
+        low, high = (min(shard * layout.shard_batches, layout.batches) for shard in (shards.start, shards.stop))
+        return range(low, high)
+
+    def samples(self, layout: Layout) -> range:
+        batches = self.batches(layout)
+        low, high = (min(batch * layout.batch_size, layout.samples) for batch in (batches.start, batches.stop))
+        return range(low, high)
+
+
+WHOLE = Part()
 
 
 def _texts(count: int) -> Array:
@@ -180,6 +239,18 @@ class Maps(Column):
         return layout.decode(self._store.rows(layout.map_fields(), low, high))
 
 
+class Relevances(Column):
+    """The relevance of one layer, float32 [N, C, H, W], scaled back."""
+
+    def __init__(self, store: Store, layer: str) -> None:
+        super().__init__(store, RELEVANCE + layer)
+        self._scale = RELEVANCE_SCALE + layer
+
+    def _read(self, low: int, high: int) -> Array:
+        rows = self._store.rows((self._name, self._scale), low, high)
+        return rows[self._name].astype(np.float32) * rows[self._scale][:, None, None, None]
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """One sample: its place and everything stored of it; ``heatmap`` float32 [H, W]."""
@@ -199,7 +270,8 @@ class Store:
     """A store opened for reading; also one that is being written or was left unfinished, as far as it has come.
 
     ``heatmap``, ``label``, ``target``, ``probability``, ``leak``, ``status`` (0 missing, 1 done, 2 failed), ``key``,
-    ``reason`` and ``channels[LAYER]`` are :class:`Column`: what is sliced is read. ``attributes``: the settings of the run.
+    ``reason``, ``channels[LAYER]`` and ``relevance[LAYER]`` are :class:`Column`: what is sliced is read. ``attributes``: the
+    settings of the run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -212,12 +284,15 @@ class Store:
         if self.attributes.get("format") != FORMAT or self.attributes.get("format_version") != FORMAT_VERSION:
             got = f"{self.attributes.get('format')!r}, version {self.attributes.get('format_version')!r}"
             raise StoreError(f"{path}: expected {FORMAT!r}, version {FORMAT_VERSION}, got {got}")
-        self.layout = Layout(**self.attributes["layout"])
+        described = self.attributes["layout"]
+        shapes = {name: tuple(shape) for name, shape in described["relevance"].items()}
+        self.layout = Layout(**{**described, "relevance": shapes})
         self.heatmap = Maps(self)
         self.key, self.label = Column(self, "key"), Column(self, "label")
         self.target, self.probability = Column(self, "target"), Column(self, "probability")
         self.leak, self.status, self.reason = (Column(self, name) for name in ("leak", "status", "reason"))
-        self.channels = {name: Column(self, _CHANNELS + name) for name in self.layout.channels}
+        self.channels = {name: Column(self, CHANNELS + name) for name in self.layout.channels}
+        self.relevance = {name: Relevances(self, name) for name in self.layout.relevance}
         self._places: dict[str, int] | None = None
         self.staged = {int(file.stem) for file in (path / STAGING).glob("*.npz")}
 
@@ -247,25 +322,27 @@ class Store:
         """Fields of the samples ``low`` to ``high`` as they are stored, staged batches included."""
         size = self.layout.batch_size
         near = [batch for batch in range(low // size, -(-high // size)) if batch in self.staged]
+        computed = [name for name in names if name in self.layout.fields()]
         # Staged ones first: what is compacted meanwhile is in the arrays by then.
-        staged = {batch: rows for batch in near if (rows := self.staged_rows(batch)) is not None}
+        staged = {batch: rows for batch in near if (rows := self.staged_rows(batch, computed)) is not None}
         found = {name: np.asarray(self._group[name][low:high]) for name in names}
         for batch, rows in staged.items():
             start, stop = self.layout.span(batch)
             first, last = max(start, low), min(stop, high)
-            for name in set(names) & rows.keys():
-                found[name][first - low : last - low] = rows[name][first - start : last - start]
+            for name, values in rows.items():
+                found[name][first - low : last - low] = values[first - start : last - start]
         return found
 
-    def staged_rows(self, batch: int) -> Rows | None:
-        """What is staged of a batch, or None: nothing, or a file that is damaged."""
+    def staged_rows(self, batch: int, names: Sequence[str]) -> Rows | None:
+        """Fields of what is staged of a batch, or None: nothing, or a file that is damaged."""
         count = len(range(*self.layout.span(batch)))
         try:
             with open(_staged_file(self.path, batch), "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                rows = {name: file[name] for name in self.layout.fields()}
+                rows = {name: file[name] for name in names}
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
-        rows["reason"] = rows["reason"].astype(object)
+        if "reason" in rows:
+            rows["reason"] = rows["reason"].astype(object)
         return rows if all(len(values) == count for values in rows.values()) else None
 
 
@@ -300,8 +377,12 @@ class StoreWriter:
     """A store opened for writing, begun if it is not there: ``with StoreWriter(path, layout, settings, ...) as writer``.
 
     ``settings``: everything that decides what is stored, as JSON, nested at will. ``keys``, ``labels``: of all samples.
+    ``part``: the shards that this process writes; others may write theirs at the same time, on any machine that sees the
+    same files. ``adopt``: names in the layout for which a store's own value is taken, and none is refused; ``layout`` is
+    then that of the store.
+
     Entering raises :class:`SettingsError` if the store was begun with other settings, :class:`StoreError` if the path
-    holds something else or another run is writing, ``OSError`` if it cannot be written.
+    holds something else or another process is writing one of these shards, ``OSError`` if it cannot be written.
     """
 
     def __init__(
@@ -312,10 +393,15 @@ class StoreWriter:
         keys: Sequence[str],
         labels: npt.NDArray[np.int64],
         classes: Sequence[str] = (),
+        part: Part = WHOLE,
+        adopt: Sequence[str] = (),
     ) -> None:
-        self.path = path
-        self._layout = layout
-        described = {**asdict(layout), "channels": dict(layout.channels)}
+        self.path, self.layout, self.part = path, layout, part
+        described = {
+            **asdict(layout),
+            "channels": dict(layout.channels),
+            "relevance": {name: list(shape) for name, shape in layout.relevance.items()},
+        }
         self._attributes = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -324,17 +410,20 @@ class StoreWriter:
             **settings,
         }
         self._keys, self._labels = keys, labels
+        self._adopted = {"shard_batches", *adopt}
 
     def __enter__(self) -> StoreWriter:
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not _is_begun(self.path):
+            if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+                raise StoreError(f"{self.path} exists and is not a store; results need a folder of their own")
             self._create()
-        elif not (self.path / "zarr.json").is_file():
-            raise StoreError(f"{self.path} exists and is not a store; results need a folder of their own")
-        self._lock = _lock(self.path)
+        self.store = Store(self.path)
+        _check_settings(self.path, self.store.attributes, self._attributes, self._adopted)
+        self.layout = self.store.layout
+        self._shards = self.part.shards(self.layout)
+        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            self.store = Store(self.path)
-            _check_settings(self.path, self.store.attributes, self._attributes)
-            self._layout = self.store.layout
+            _lock_shards(self.path, self._lock, self._shards)
             self._group = _zarr().open_group(self.path, mode="r+", zarr_format=3)
             self._recover()
         except BaseException:
@@ -348,40 +437,64 @@ class StoreWriter:
         os.close(self._lock)
 
     def pending(self, retry_failed: bool = False) -> list[int]:
-        """The batches that are still to be computed; with ``retry_failed`` also those with failed samples."""
-        status = self.store.status[:]
+        """The batches of this part still to be computed; with ``retry_failed`` also those with failed samples."""
+        samples = self.part.samples(self.layout)
+        status = self.store.status[samples.start : samples.stop]
         open_samples = status == MISSING
         if retry_failed:
             open_samples |= status == FAILED
-        return sorted(set((np.flatnonzero(open_samples) // self._layout.batch_size).tolist()))
+        return sorted(set(((np.flatnonzero(open_samples) + samples.start) // self.layout.batch_size).tolist()))
 
     def put(self, batch: int, rows: Rows) -> None:
         """Store a batch's rows; on return they are on the disk. Samples that are done already stay as they are."""
-        low, high = self._layout.span(batch)
-        done = self.store.status[low:high] == DONE
-        if done.any():
-            before = self.store.rows(tuple(rows), low, high)
-            for name, values in rows.items():
-                values[done] = before[name][done]
-        self._stage(batch, rows)
-        shard = batch // self._layout.shard_batches
-        if set(self._layout.batches_of(shard)) <= self.store.staged:
+        stage(self.store, batch, rows)
+        self.take(batch)
+
+    def take(self, batch: int) -> None:
+        """Reckon with a batch that was staged, here or by another process; compact its shard if that is complete."""
+        self.store.staged.add(batch)
+        shard = batch // self.layout.shard_batches
+        if set(self.layout.batches_of(shard)) <= self.store.staged:
             self._compact(shard)
 
     def finish(self) -> None:
-        """Compact every shard that has staged batches and misses none."""
-        for shard in sorted({batch // self._layout.shard_batches for batch in self.store.staged}):
-            if self._is_complete(shard) or set(self._layout.batches_of(shard)) <= self.store.staged:
+        """Compact every shard of this part that has staged batches and misses none."""
+        for shard in sorted({batch // self.layout.shard_batches for batch in self.store.staged} & set(self._shards)):
+            if self._is_complete(shard) or set(self.layout.batches_of(shard)) <= self.store.staged:
                 self._compact(shard)
-        with contextlib.suppress(OSError):  # batches of unfinished shards are still there
-            (self.path / STAGING).rmdir()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep the other writers of this store waiting where they ask for the same."""
+        import fcntl
+
+        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WHOLE_STORE)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _WHOLE_STORE)
 
     def _create(self) -> None:
-        """Make the store beside its place and rename it, so that a half-made one is never found there."""
-        zarr, layout = _zarr(), self._layout
+        """Make the store beside its place and rename it, so that a half-made one is never found there.
+
+        Of several processes that begin at once, one makes it, and the others wait for that.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.lrp-fast-partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        while not _is_begun(self.path):
+            with _only_here(partial) as ours:
+                if ours and not _is_begun(self.path):
+                    self._fill(partial)
+                    os.rename(partial, self.path)
+                    _sync(self.path.parent)
+
+    def _fill(self, partial: Path) -> None:
+        for left_over in partial.iterdir():
+            if left_over.is_dir():
+                shutil.rmtree(left_over)
+            elif left_over.name != LOCK:
+                left_over.unlink()
+        zarr, layout = _zarr(), self.layout
         group = zarr.create_group(partial, zarr_format=3, attributes=self._attributes)
         for name, (dtype, shape) in layout.fields().items():
             _create_array(group, name, layout, dtype, shape)
@@ -396,46 +509,28 @@ class StoreWriter:
             # One file that describes all arrays spares readers a listing; zarr remarks that version 3 has no such word yet.
             warnings.simplefilter("ignore")
             zarr.consolidate_metadata(partial)
+        (partial / STAGING).mkdir()
         for file in sorted(partial.rglob("*")):
-            _sync(file)
-        os.rename(partial, self.path)
-        _sync(self.path.parent)
+            if file.name != LOCK:  # to open and close that would unlock it
+                _sync(file)
 
     def _recover(self) -> None:
-        """Bring what a stopped run left into order: forget half-written files, compact what is due."""
+        """Bring what a stopped run left of this part into order: forget half-written files, compact what is due."""
         for file in self.path.rglob("*.partial"):
-            file.unlink()
-        for batch in sorted(self.store.staged):
-            if self.store.staged_rows(batch) is None:
+            if _shard_of(file.relative_to(self.path), self.layout) in self._shards:
+                file.unlink()
+        for batch in sorted(self.store.staged & set(self.part.batches(self.layout))):
+            if self.store.staged_rows(batch, tuple(self.layout.fields())) is None:
                 _staged_file(self.path, batch).unlink(missing_ok=True)
                 self.store.staged.discard(batch)
         self.finish()
 
-    def _stage(self, batch: int, rows: Rows) -> None:
-        file = _staged_file(self.path, batch)
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_suffix(".partial")
-        # An array of objects would be pickled: the reasons become text of fixed width.
-        plain = {**rows, "reason": rows["reason"].astype(np.str_)}
-        try:
-            with open(partial, "wb") as opened:
-                np.savez(opened, allow_pickle=False, **plain)
-                opened.flush()
-                os.fsync(opened.fileno())
-            os.replace(partial, file)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-        _sync(file.parent)
-        self.store.staged.add(batch)
-
     def _compact(self, shard: int) -> None:
-        batches = self._layout.batches_of(shard)
-        low, high = self._layout.span(batches[0])[0], self._layout.span(batches[-1])[1]
-        rows = self.store.rows(tuple(self._layout.fields()), low, high)
-        for name, values in rows.items():  # status last: it says that all the others are there
+        batches = self.layout.batches_of(shard)
+        low, high = self.layout.span(batches[0])[0], self.layout.span(batches[-1])[1]
+        for name in self.layout.fields():  # status last: it says that all the others are there
             array = self._group[name]
-            array[low:high] = values
+            array[low:high] = self.store.rows((name,), low, high)[name]
             self._sync_chunk(name, shard, array)
         for batch in batches:
             if batch in self.store.staged:
@@ -459,14 +554,51 @@ class StoreWriter:
 def _create_array(group: Any, name: str, layout: Layout, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
     """An array of a shard's samples to each file; maps are compressed one by one, so that one can be read alone."""
     sharding: dict[str, Any] = {"chunks": (layout.shard_samples, *shape)}
-    if len(shape) == 2:
+    if len(shape) >= 2:
         sharding = {"chunks": (1, *shape), "shards": (layout.shard_samples, *shape)}
     fill: Any = "" if dtype is str else 0
     group.create_array(name, shape=(layout.samples, *shape), dtype=dtype, fill_value=fill, **sharding)
 
 
+def stage(store: Store, batch: int, rows: Rows) -> None:
+    """Write a batch's rows to a file of its own, from any process; on return it is on the disk.
+
+    Samples that are done already stay as they are. Raises ``OSError`` if it cannot be written.
+    """
+    low, high = store.layout.span(batch)
+    done = store.status[low:high] == DONE
+    if done.any():
+        before = store.rows(tuple(rows), low, high)
+        for name, values in rows.items():
+            values[done] = before[name][done]
+    file = _staged_file(store.path, batch)
+    file.parent.mkdir(exist_ok=True)
+    partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")
+    # An array of objects would be pickled: the reasons become text of fixed width.
+    plain = {**rows, "reason": rows["reason"].astype(np.str_)}
+    try:
+        with open(partial, "wb") as opened:
+            np.savez(opened, allow_pickle=False, **plain)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(file.parent)
+
+
 def _staged_file(path: Path, batch: int) -> Path:
     return path / STAGING / f"{batch:09d}.npz"
+
+
+def _shard_of(file: Path, layout: Layout) -> int | None:
+    """Which shard a half-written file belongs to: ``.staging/BATCH.x.partial`` or ``ARRAY/c/SHARD/0.x.partial``."""
+    number = file.name if file.parts[0] == STAGING else (*file.parts, "c", "")[(*file.parts, "c").index("c") + 1]
+    if not number.split(".")[0].isdecimal():
+        return None
+    found = int(number.split(".")[0])
+    return found // layout.shard_batches if file.parts[0] == STAGING else found
 
 
 def _sync(path: Path) -> None:
@@ -478,23 +610,46 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(path: Path) -> int:
-    """Hold the store for this process, until it ends in whatever way."""
+def _is_begun(path: Path) -> bool:
+    return (path / "zarr.json").is_file()
+
+
+def _lock_shards(path: Path, descriptor: int, shards: range) -> None:
+    """Hold shards for this process, until it ends in whatever way; byte i of the lock file is shard i."""
     import fcntl
 
-    descriptor = os.open(path, os.O_RDONLY)
+    if not shards:
+        return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, len(shards), shards.start)
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise StoreError(f"{path} cannot be locked against other runs: {error}") from error
+        raise StoreError(f"another run is writing to {path}, to the same shards of it") from error
+
+
+@contextlib.contextmanager
+def _only_here(folder: Path) -> Iterator[bool]:
+    """Wait until no other process makes a store in this folder; False if it has another name by then: the store's."""
+    import fcntl
+
+    folder.mkdir(exist_ok=True)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX, 1, _WHOLE_STORE)
+        there = folder / LOCK
+        yield there.exists() and os.path.samestat(os.fstat(descriptor), there.stat())
+    finally:
         os.close(descriptor)
-        raise StoreError(f"another run is writing to {path}") from error
-    return descriptor
 
 
-def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], adopted: set[str]) -> None:
     there, here = dict(_flat(found)), dict(_flat(wanted))
-    # How many batches make a shard changes no value; the store's own stays.
-    names = sorted((there.keys() | here.keys()) - {"shard_batches"})
+    names = sorted((there.keys() | here.keys()) - adopted)
     names = [name for name in names if there.get(name) != here.get(name)]
     if names:
         listed = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in names)

@@ -26,8 +26,9 @@ from typer.testing import CliRunner, Result
 
 from lrp_fast import LRP, Splits, list_composites, open_store
 from lrp_fast.cli import app
+from lrp_fast.data import KINDS
 from lrp_fast.embedded import embedded_pictures
-from lrp_fast.images import load_picture
+from lrp_fast.images import Preprocessing, load_picture
 from lrp_fast.models import list_models, load_model
 from lrp_fast.version import VERSION
 
@@ -439,7 +440,7 @@ def test_mistakes_in_attribute_dataset(weights: Path, tmp_path: Path) -> None:
     cases: list[tuple[Path, list[object], str]] = [
         (tmp_path / "empty", [], "holds no pictures"),
         (picture, [], "neither a folder nor"),
-        (picture.parent, ["--kind", "imagenet"], "unknown kind 'imagenet'; known: folder, manifest, webdataset"),
+        (picture.parent, ["--kind", "mnist"], f"unknown kind 'mnist'; known: {', '.join(KINDS)}"),
         (picture.parent, ["--dtype", "float16"], "unknown dtype 'float16'; known: float32, bfloat16, float64"),
         (picture.parent, ["--backend", "nonsense"], "unknown backend 'nonsense'"),
         (picture.parent, ["--channels", "layer9"], "no layer named 'layer9'"),
@@ -529,3 +530,34 @@ def test_importing_the_command_line_is_light() -> None:
     program = f"import sys, lrp_fast.cli; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_preprocessing_can_be_overridden(weights: Path, tmp_path: Path) -> None:
+    file, other = draw(tmp_path / "a.png"), Preprocessing(90, SIZE, (0.5, 0.4, 0.3), (0.25, 0.5, 1.0), "nearest")
+    options = ["--resize", 90, "--mean", "0.5,0.4, 0.3", "--std", "0.25,0.5,1", "--interpolation", "NEAREST"]
+    assert attribute(weights, file, tmp_path / "out", *options).exit_code == 0
+    loaded = load_model(None, weights, SIZE)
+    heatmap = torch.from_numpy(np.load(tmp_path / "out" / "a.npy"))
+    ours = LRP(loaded.model).explain(load_picture(file, other).tensor[None]).heatmap[0]
+    usual = LRP(loaded.model).explain(load_picture(file, loaded.preprocessing).tensor[None]).heatmap[0]
+    assert (heatmap - ours).norm() <= 1e-4 * ours.norm()
+    assert (heatmap - usual).norm() > 0.1 * usual.norm()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "shorter side to 90 px (nearest), minus 0.5, 0.4, 0.3, over 0.25, 0.5, 1" in page
+
+
+def test_mistakes_in_the_preprocessing(weights: Path, tmp_path: Path) -> None:
+    cases: list[tuple[list[object], str]] = [
+        (["--resize", 50], f"the crop must lie in 1..50 (the resized shorter side), got {SIZE}"),
+        (["--mean", "0.5,x,0.5"], "--mean: expected three numbers such as 0.5,0.5,0.5, got '0.5,x,0.5'"),
+        (["--mean", "0.5"], "mean must be three finite numbers"),
+        (["--mean", "123.7,116.3,103.5"], "mean is for pixel values in [0, 1]"),
+        (["--std", "1,0,1"], "std must be positive"),
+        (["--std", "1,nan,1"], "std must be three finite numbers"),
+        (["--interpolation", "psychic"], "unknown interpolation 'psychic'; known: nearest, "),
+    ]
+    for options, message in cases:
+        result = attribute(weights, draw(tmp_path / "a.png"), tmp_path / "out", *options)
+        assert result.exit_code == 2, result.output
+        assert message in one_line_of_error(result)
+    assert not (tmp_path / "out").exists()

@@ -304,3 +304,15 @@ def test_identity_and_projection_skips_get_their_own_split() -> None:
     }
     assert merges == {"identity": "residual-only", "projection": "symmetric"}
     assert Composite.named("otsuki2024").with_split(splits) == explainer.composite
+
+
+def test_only_boxes_are_told_the_range_of_the_inputs() -> None:
+    low, high = (-1.0, -2.0, -3.0), (1.0, 2.0, 3.0)
+    assert Composite.for_range("epsilon-gamma-box", low, high) == Composite.named(
+        "epsilon_gamma_box", low=low, high=high
+    )
+    for name in composites.list_composites():
+        same = Composite.for_range(name, low, high) == Composite.named(name)
+        assert same == (name != "epsilon_gamma_box"), name
+    with pytest.raises(ValueError, match="unknown composite 'none'"):
+        Composite.for_range("none", low, high)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import tarfile
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lrp_fast.data import FileSource, Source, SourceError, open_source
+from lrp_fast.data.masks import BoxMasks
 from lrp_fast.data.source import Texts
-from lrp_fast.images import ImageError
+from lrp_fast.images import ImageError, decode_image
 
 
 def put(path: Path, content: bytes | None = None) -> Path:
@@ -158,8 +161,8 @@ def test_more_that_is_refused(tmp_path: Path) -> None:
         open_source(tmp_path)
     with pytest.raises(SourceError, match=r"holds no \.tar files"):
         open_source(tmp_path, "webdataset")
-    with pytest.raises(ValueError, match="known: folder, manifest, webdataset"):
-        open_source(tmp_path, "imagenet")
+    with pytest.raises(ValueError, match="known: folder, manifest, .*webdataset"):
+        open_source(tmp_path, "mnist")
     with pytest.raises(SourceError, match="cannot be read"):
         open_source(tmp_path / "none.csv")
     twice = shard(tmp_path / "0.tar", {"a.jpg": b"", "a.png": b""})
@@ -180,7 +183,7 @@ def test_missing_and_empty_files_fail_one_by_one(tmp_path: Path) -> None:
 def test_what_is_too_large_to_hold_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "in" / "a.jpg", bytes(2_000_001))
     tar = shard(tmp_path / "0.tar", {"a.jpg": bytes(2_000_001)})
-    for module in ("lrp_fast.images", "lrp_fast.data.webdataset"):
+    for module in ("lrp_fast.images", "lrp_fast.data.source"):
         monkeypatch.setattr(f"{module}.MAX_BYTES", 2_000_000)
     for path in (tmp_path / "in", tar):
         with pytest.raises(ImageError, match="too large: 2 MB, and the limit is 2"):
@@ -202,3 +205,125 @@ def test_the_fingerprint_tells_sources_apart() -> None:
         fingerprint("folder", ["a", "b", "x"], [0, 1, 1], ["y"]),
     }
     assert len(others | {same}) == 7
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(np.random.default_rng().integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+def odd_pictures() -> tuple[dict[str, tuple[bytes, np.ndarray]], dict[str, tuple[bytes, str]]]:
+    """Files by name: the good ones with the colour of their top left corner, the bad ones with the reason."""
+    red, grey = Image.new("RGB", (40, 30), (200, 30, 60)), Image.new("L", (40, 30), 77)
+    deep = Image.fromarray(np.full((30, 40), 40_000, dtype=np.uint16))
+    frames = [Image.new("RGB", (40, 30), color) for color in ("blue", "red")]
+    large = Image.new("RGB", (8660, 5774), (10, 120, 230))
+    good = {
+        "cmyk.jpg": (saved(red.convert("CMYK"), "JPEG", quality=100), (200, 30, 60)),
+        "grey.jpg": (saved(grey, "JPEG"), (77, 77, 77)),
+        "deep.png": (saved(deep, "PNG"), (156, 156, 156)),  # 40000 / 257
+        "moving.gif": (saved(frames[0], "GIF", save_all=True, append_images=frames[1:]), (0, 0, 255)),
+        "large.jpg": (saved(large, "JPEG"), (10, 120, 230)),
+    }
+    whole = saved(picture((60, 50)), "JPEG")
+    bad = {
+        "truncated.jpg": (whole[: len(whole) // 2], "damaged"),
+        "empty.jpg": (b"", "0 bytes"),
+        "text.jpg": (b"no picture at all\n" * 20, "not a picture"),
+    }
+    return {name: (content, np.array(color)) for name, (content, color) in good.items()}, bad
+
+
+def test_every_odd_file_is_decoded_or_named(tmp_path: Path) -> None:
+    good, bad = odd_pictures()
+    contents = {name: content for name, (content, _) in (good | bad).items()}
+    for name, content in contents.items():
+        put(tmp_path / "in" / name, content)
+    for source in (open_source(tmp_path / "in"), open_source(shard(tmp_path / "0.tar", contents))):
+        names = [name for key in source.keys for name in contents if Path(name).stem == Path(key).stem]
+        assert sorted(names) == sorted(contents)
+        for index, name in enumerate(names):
+            if name in bad:
+                with pytest.raises(ImageError, match=bad[name][1]):
+                    decode_image(source.read(index))
+            else:
+                image = decode_image(source.read(index))
+                assert image.mode == "RGB"
+                assert np.abs(np.array(image.getpixel((0, 0))) - good[name][1]).max() <= 4
+
+
+def test_masks_in_a_parallel_folder(tmp_path: Path) -> None:
+    for name in ("b/x.jpg", "a/y.jpeg", "a/none.jpg"):
+        put(tmp_path / "in" / name)
+    inside = np.random.default_rng().random((6, 9)) < 0.5
+    Image.fromarray(inside).save(put(tmp_path / "in" / "truth" / "b" / "x.png", b"-"))
+    graded = np.array([[0, 127, 128, 255]], dtype=np.uint8)
+    Image.fromarray(graded).save(put(tmp_path / "in" / "truth" / "a" / "y.png", b"-"))
+    source = open_source(tmp_path / "in", masks=tmp_path / "in" / "truth")
+    assert listed(source) == [("a/none.jpg", 0), ("a/y.jpeg", 0), ("b/x.jpg", 1)]
+    assert source.has_masks
+    assert source.mask(0, (9, 6)) is None
+    found = [source.mask(1, (4, 1)), source.mask(2, (9, 6))]
+    assert [image.mode for image in found if image is not None] == ["L", "L"]
+    assert np.asarray(found[0]).tolist() == [[0, 0, 255, 255]]
+    assert np.array_equal(np.asarray(found[1]), inside * 255)
+    assert source.fingerprint() == open_source(tmp_path / "in", exclude=tmp_path / "in" / "truth").fingerprint()
+    with pytest.raises(ImageError, match="its mask is of 9 x 6 pixels, the picture of 6 x 9"):
+        source.mask(2, (6, 9))
+    with pytest.raises(IndexError, match="index 3 is not among 3 samples"):
+        source.mask(3, (6, 9))
+
+
+def test_masks_that_cannot_be_meant(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.jpg")
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(SourceError, match=r"none of the 1 masks is there, such as .*masks/a\.png"):
+        open_source(tmp_path / "in", masks=tmp_path / "masks")
+    with pytest.raises(SourceError, match="masks/none is not a folder"):
+        open_source(tmp_path / "in", masks=tmp_path / "masks" / "none")
+    mask = put(tmp_path / "masks" / "a.png", b"damaged")
+    source = open_source(tmp_path / "in", masks=tmp_path / "masks")
+    with pytest.raises(ImageError, match="its mask: not a picture"):
+        source.mask(0, (2, 2))
+    Image.fromarray(np.array([[0, 1], [1, 1]], dtype=np.uint8)).save(mask)
+    with pytest.raises(ImageError, match="nowhere brighter than 1; expected 255 on the object"):
+        source.mask(0, (2, 2))
+    for path in (put(tmp_path / "list.csv", b"path\na.jpg\n"), shard(tmp_path / "0.tar", {"a.jpg": b""})):
+        with pytest.raises(SourceError, match="takes no folder of masks; of kinds that do: folder"):
+            open_source(path, masks=tmp_path / "masks")
+        assert not open_source(path).has_masks
+        assert open_source(path).mask(0, (5, 5)) is None
+
+
+def test_splits_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.jpg")
+    with pytest.raises(SourceError, match="kind folder has no split 'test'; its splits: none"):
+        open_source(tmp_path / "in", split="test")
+    with pytest.raises(SourceError, match="kind cub has no split 'val'; its splits: test, train"):
+        open_source(tmp_path / "in", "cub", split="val")
+
+
+def test_boxes_become_masks() -> None:
+    generator = np.random.default_rng()
+    boxes = np.concatenate([generator.uniform(-4, 9, (50, 2)), generator.uniform(3, 12, (50, 2))], axis=1)
+    masks, (width, height) = BoxMasks(boxes), (13, 11)
+    for index, (left, top, across, down) in enumerate(boxes.tolist()):
+        expected = np.zeros((height, width), dtype=np.uint8)
+        for row, column in itertools.product(range(height), range(width)):
+            if left <= column + 0.5 < left + across and top <= row + 0.5 < top + down:
+                expected[row, column] = 255
+        if expected.any():
+            assert np.array_equal(np.asarray(masks.mask(index, (width, height))), expected)
+    whole = BoxMasks(np.array([[2.0, 1.0, 3.0, 4.0], [13.0, 0.0, 5.0, 5.0]]))
+    assert np.argwhere(np.asarray(whole.mask(0, (13, 11)))).min(0).tolist() == [1, 2]
+    assert np.count_nonzero(np.asarray(whole.mask(0, (13, 11)))) == 12
+    with pytest.raises(ImageError, match="lies outside its 13 x 11 pixels"):
+        whole.mask(1, (13, 11))
+    for bad in ([0, 0, 0, 5], [0, 0, 5, -1], [0, float("nan"), 5, 5]):
+        with pytest.raises(SourceError, match="box 2 of 2 has no area"):
+            BoxMasks(np.array([[0, 0, 1, 1], bad], dtype=np.float64))

@@ -9,6 +9,7 @@ import struct
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,6 +213,29 @@ def test_preprocessing_sizes_and_refusals() -> None:
         Preprocessing(resize=100, crop=100, interpolation="psychic")
 
 
+def test_overriding_the_preprocessing() -> None:
+    base = Preprocessing(resize=256, crop=224)
+    assert base.override() == base
+    assert base.override(crop=112) == base.with_size(112)
+    assert base.override(crop=250, resize=250) == Preprocessing(250, 250)
+    changed = base.override(resize=300, mean=[0, 0.5, 1], std=[1, 2, 3], interpolation="BiCubic")
+    assert changed == Preprocessing(300, 224, (0.0, 0.5, 1.0), (1.0, 2.0, 3.0), "bicubic")
+    assert str(changed) == "shorter side to 300 px (bicubic), minus 0, 0.5, 1, over 1, 2, 3"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"resize": 200}, r"1\.\.200 .*got 224"),
+        ({"crop": 0}, "at least 1 pixel wide, got 0"),
+        ({"crop": -5}, "at least 1 pixel wide, got -5"),
+        ({"mean": (0.5, 0.5)}, "mean must be three finite numbers"),
+        ({"std": (1, 1, float("nan"))}, "std must be three finite numbers"),
+        ({"mean": (123.675, 116.28, 103.53)}, r"mean is for pixel values in \[0, 1\]"),
+        ({"std": (1, 1, 0)}, "std must be positive"),
+        ({"interpolation": "psychic"}, "known: nearest, .*bicubic"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            base.override(**options)
+
+
 def test_a_loaded_picture_shows_what_the_network_gets(tmp_path: Path) -> None:
     Image.fromarray(noise(90, 70)).save(tmp_path / "picture.png")
     preprocessing = Preprocessing(resize=48, crop=40)
@@ -241,3 +265,10 @@ def test_real_photographs() -> None:
         picture = load_picture(path, Preprocessing(232, 224))
         assert picture.tensor.std() > 0.2
         assert picture.tensor.isfinite().all()
+
+
+def test_bounds_are_what_black_and_white_become() -> None:
+    preprocessing = Preprocessing(8, 8, mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
+    for shade, bound in zip((0, 255), preprocessing.bounds(), strict=True):
+        inputs = preprocessing.normalize(Image.new("RGB", (8, 8), (shade,) * 3))
+        assert torch.allclose(inputs, torch.tensor(bound).view(3, 1, 1))

@@ -12,19 +12,24 @@ import lrp_fast
 ROOT = pathlib.Path(lrp_fast.__file__).parent
 LEVELS = (
     ("kernels",),
-    ("version", "layers", "rules", "plan", "splits", "precision"),
+    ("version", "environment", "layers", "rules", "plan", "splits", "precision"),
     ("composites", "reference", "backends"),
     ("trace", "engine"),
-    ("audit", "explain", "heatmap", "images", "models", "embedded", "data", "store"),
+    ("audit", "explain", "heatmap", "images", "models", "embedded", "data", "store", "metrics"),
+    ("methods",),
     ("__init__",),
-    ("report", "pipeline"),
+    ("report", "batches", "pipeline", "export", "integrations"),
+    ("devices", "cluster", "evaluation"),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "kernels" not in path.parts)
 TRITON = ROOT / "backends" / "triton"
-OPTIONAL = ("triton", "torchvision", "timm", "matplotlib", "zennit", "captum", "zarr", "pyarrow")
+OPTIONAL = (
+    "triton", "torchvision", "timm", "matplotlib", "zennit", "captum", "pytorch_grad_cam", "quantus", "zarr", "pyarrow",
+    "h5py", "yaml", "ray",
+)  # fmt: skip
 
 
 def _unit(path: pathlib.Path) -> str:

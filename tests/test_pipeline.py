@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import os
 import random
@@ -20,24 +19,18 @@ import torch
 from PIL import Image
 
 from lrp_fast import LRP, heat_quantize
+from lrp_fast.batches import NOT_FINITE, PipelineError, find_batch_size
 from lrp_fast.data import FileSource, Source, open_source
 from lrp_fast.images import load_picture
 from lrp_fast.models import LoadedModel, load_model
-from lrp_fast.pipeline import NOT_FINITE, Pipeline, PipelineError, PipelineOptions, Progress, weights_hash
-from lrp_fast.store import DONE, FAILED, Rows, SettingsError, Store, open_store
-
-pytest.importorskip("zarr")
+from lrp_fast.pipeline import weights_hash
+from lrp_fast.store import DONE, FAILED, Part, SettingsError, open_store
+from runs import assert_same_bits, draw, draw_classes, everything, failures, run
 
 SIZE, COUNT = 32, 30
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Bits are compared with those of other processes, and pictures this small gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -48,47 +41,7 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty JPEGs of three classes."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for index in range(COUNT):
-        draw(folder / f"{index % 3}" / f"{index}.jpg")
-    return folder
-
-
-def draw(path: Path, **options: Any) -> Path:
-    generator = np.random.default_rng()
-    height, width = generator.integers(40, 60, 2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path, **options)
-    return path
-
-
-def run(
-    loaded: LoadedModel, source: Path | Source, output: Path, explainer: dict[str, Any] | None = None, **options: Any
-) -> Progress:
-    found = open_source(source) if isinstance(source, Path) else source
-    given = {"batch_size": 4, "workers": 0, "shard_batches": 2, **options}
-    return Pipeline(LRP(loaded.model, **(explainer or {})), loaded, found, PipelineOptions(**given)).into(output)
-
-
-def everything(store: Store) -> Rows:
-    return {**store.rows(tuple(store.layout.fields()), 0, len(store)), "key": store.key[:], "label": store.label[:]}
-
-
-def assert_same_bits(found: Path, expected: Path) -> None:
-    one, other = everything(open_store(found)), everything(open_store(expected))
-    assert one.keys() == other.keys()
-    for name in other:
-        same = one[name] == other[name] if name in ("key", "reason") else _bytes(one[name]) == _bytes(other[name])
-        assert np.all(same), name
-
-
-def _bytes(values: Any) -> bytes:
-    return np.ascontiguousarray(values).tobytes()
-
-
-def failures(store: Path) -> dict[str, str]:
-    with open(store / "failures.csv", newline="", encoding="utf-8") as file:
-        return {row["key"]: row["reason"] for row in csv.DictReader(file)}
+    return draw_classes(tmp_path_factory.mktemp("pictures"), COUNT)
 
 
 def test_the_store_holds_what_the_explainer_gives(loaded: LoadedModel, pictures: Path, tmp_path: Path) -> None:
@@ -389,6 +342,82 @@ def test_hostile_keys_and_class_names_stay_text(loaded: LoadedModel, tmp_path: P
     names = {part for file in (tmp_path / "bad").rglob("*") for part in file.parts}
     assert not [name for name in names if "escaped" in name or "é" in name]
     assert not [key for key in failures(tmp_path / "bad") if key.startswith(("=", "+", "-", "@", "\t"))]
+
+
+def test_parts_give_the_arrays_of_the_whole(loaded: LoadedModel, pictures: Path, tmp_path: Path) -> None:
+    options = {"channels": ("layer4",), "relevance": ("input", "layer4")}
+    run(loaded, pictures, tmp_path / "whole", **options)
+    second = run(loaded, pictures, tmp_path / "s", part=Part(1, 2), **options)
+    assert (second.total, second.done, second.fresh) == (14, 14, 14)
+    assert open_store(tmp_path / "s").status[:].tolist() == [0] * 16 + [1] * 14
+    first = run(loaded, pictures, tmp_path / "s", part=Part(0, 2), **options)
+    assert (first.total, first.done) == (16, 16)
+    assert_same_bits(tmp_path / "s", tmp_path / "whole")
+
+
+def test_parts_of_a_small_data_set_have_something_each(loaded: LoadedModel, pictures: Path, tmp_path: Path) -> None:
+    counts = [run(loaded, pictures, tmp_path / "s", part=Part(i, 3), shard_batches=0).fresh for i in range(3)]
+    assert sum(counts) == COUNT
+    assert min(counts) > 0
+
+
+def test_failures_of_all_parts_are_listed(loaded: LoadedModel, tmp_path: Path) -> None:
+    draw_classes(tmp_path / "in", 20, classes=1)
+    for name in ("0.jpg", "9.jpg"):  # in the first and the last shard
+        (tmp_path / "in" / "0" / name).write_bytes(b"")
+    assert [run(loaded, tmp_path / "in", tmp_path / "s", part=Part(i, 2)).failed for i in (1, 0)] == [1, 1]
+    assert failures(tmp_path / "s").keys() == {"0/0.jpg", "0/9.jpg"}
+
+
+def test_whole_relevance_is_stored(loaded: LoadedModel, pictures: Path, tmp_path: Path) -> None:
+    run(loaded, pictures, tmp_path / "s", relevance=("input", "layer3"))
+    files = sorted(pictures.rglob("*.jpg"))[4:8]
+    inputs = torch.stack([load_picture(file, loaded.preprocessing).tensor for file in files])
+    api = LRP(loaded.model).explain(inputs, layers=("layer3",))
+    assert api.relevance is not None
+    store = open_store(tmp_path / "s")
+    for name, expected in (("input", api.relevance), ("layer3", api.layers["layer3"])):
+        found = torch.from_numpy(store.relevance[name][4:8])
+        bound = 2.0**-10 * expected.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
+        assert (found - expected).abs().le(bound).all()
+
+
+def test_the_batch_size_is_found_and_kept(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(loaded, pictures, tmp_path / "s", batch_size=0, part=Part(0, 2))
+    found = open_store(tmp_path / "s").layout.batch_size
+    assert 1 <= found <= COUNT
+    monkeypatch.setattr("lrp_fast.pipeline.find_batch_size", lambda explainer, size: found + 1)
+    assert run(loaded, pictures, tmp_path / "s", batch_size=0, part=Part(1, 2)).interrupted is False
+    assert (open_store(tmp_path / "s").status[:] == DONE).all()
+    run(loaded, pictures, tmp_path / "whole", batch_size=found)
+    assert_same_bits(tmp_path / "s", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("seconds", "limit", "expected"), [
+    (lambda n: 1.0 + 0.1 * n, 99, 32),  # images/s: 0.9, 1.7, 2.9, 4.4, 6.2, 7.6, 8.6, ...
+    (lambda n: 0.1 * n, 99, 1),
+    (lambda n: 1.0, 16, 16),
+    (lambda n: {1: 1.0, 2: 2.5, 4: 2.0}.get(n, float(n)), 99, 4),  # one that is slow by chance
+])  # fmt: skip
+def test_the_batch_is_doubled_while_that_pays_and_fits(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], limit: int, expected: int
+) -> None:
+    def rate(explainer: LRP, batch_size: int, size: int) -> float:
+        if batch_size > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch_size / seconds(batch_size)
+
+    monkeypatch.setattr("lrp_fast.batches._images_per_second", rate)
+    assert find_batch_size(LRP(loaded.model), SIZE, largest=32) == expected
+
+
+def test_a_batch_size_is_measured(loaded: LoadedModel) -> None:
+    heard: list[tuple[int, float]] = []
+    found = find_batch_size(LRP(loaded.model), SIZE, largest=4, on_size=lambda *each: heard.append(each))
+    assert [size for size, _ in heard] == [1, 2, 4][: len(heard)]
+    assert dict(heard)[found] >= 0.95 * max(rate for _, rate in heard)
 
 
 class Deadly(FileSource):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from lrp_fast.heatmap import from_heat_levels, heat_levels, heat_quantize
 from lrp_fast.store import (
     DONE,
     FAILED,
+    WHOLE,
     Layout,
+    Part,
     Rows,
     SettingsError,
     Store,
@@ -48,7 +52,7 @@ def random_maps(count: int, layout: Layout = LAYOUT) -> torch.Tensor:
 def rows_of(layout: Layout, batch: int, maps: torch.Tensor) -> Rows:
     low, high = layout.span(batch)
     rows = layout.empty(high - low)
-    rows.update(layout.encode(maps[low:high]))
+    rows.update({name: values.numpy() for name, values in layout.encode(maps[low:high]).items()})
     for name in layout.channels:
         rows[f"channels/{name}"][:] = np.arange(low, high)[:, None]
     rows["target"][:] = np.arange(low, high) + 1000
@@ -141,7 +145,7 @@ def test_shards_are_files_of_many_samples(tmp_path: Path) -> None:
     files = [file for file in (tmp_path / "s").rglob("*") if file.is_file()]
     assert len([file for file in files if "heatmap" in file.parts and file.name != "zarr.json"]) == 2
     assert len(files) < 40
-    assert not (tmp_path / "s" / ".staging").exists()
+    assert not list((tmp_path / "s" / ".staging").iterdir())
 
 
 def test_other_tools_read_it_without_a_warning(tmp_path: Path) -> None:
@@ -242,7 +246,7 @@ def test_a_stop_within_a_compaction_shows_and_loses_nothing(tmp_path: Path, monk
         assert_equal(everything(open_store(path)), expected)
     with writer(path, layout) as opened:
         assert opened.pending() == []
-    assert not (path / ".staging").exists()
+    assert not list((path / ".staging").iterdir())
     assert_equal(everything(open_store(path)), expected)
 
 
@@ -318,15 +322,128 @@ def test_foreign_places_are_left_alone(tmp_path: Path) -> None:
     write_all(tmp_path / "empty", random_maps(11))
 
 
-def test_one_run_writes_at_a_time(tmp_path: Path) -> None:
+def part_writer(path: Path, part: Part, layout: Layout = LAYOUT) -> StoreWriter:
+    return StoreWriter(path, layout, SETTINGS, keys(layout), np.arange(layout.samples) % 3 - 1, part=part)
+
+
+def _in_processes(action: Callable[..., None], *arguments: tuple[Any, ...]) -> list[int | None]:
+    """Exit codes of the action in a process for each tuple of arguments, all at once."""
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=action, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def _enter(path: Path, part: Part) -> None:
+    try:
+        with part_writer(path, part):
+            pass
+    except StoreError as error:
+        sys.exit(3 if "another run is writing" in str(error) else 4)
+
+
+def test_a_shard_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "s"  # of three shards
+    with part_writer(path, Part(1, 3)):
+        parts = [WHOLE, Part(1, 3), Part(0, 3), Part(2, 3), Part(0, 2), Part(1, 2), Part(0, 9)]
+        assert _in_processes(_enter, *((path, part) for part in parts)) == [3, 3, 0, 0, 0, 3, 0]
+    with writer(path) as opened:
+        assert opened.pending() == list(range(6))
+
+
+def _write_part(path: Path, part: Part, maps: torch.Tensor, layout: Layout) -> None:
+    with part_writer(path, part, layout) as opened:
+        for batch in opened.pending():
+            opened.put(batch, rows_of(layout, batch, maps))
+        opened.finish()
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_processes_that_begin_at_once_fill_one_store(tmp_path: Path, count: int) -> None:
+    maps = random_maps(11)
+    expected = write_all(tmp_path / "whole", maps)
+    (tmp_path / ".s.lrp-fast-partial" / "heatmap").mkdir(parents=True)  # left by a process that was killed
+    arguments = [(tmp_path / "s", Part(index, count), maps, LAYOUT) for index in range(count)]
+    assert _in_processes(_write_part, *arguments) == [0] * count
+    assert_equal(everything(open_store(tmp_path / "s")), expected)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_parts_are_whole_shards_and_all_there_is(count: int) -> None:
+    layout = Layout(samples=int(torch.randint(1, 300, ())), batch_size=3, height=2, width=2, shard_batches=4)
+    parts = [Part(index, count) for index in range(count)]
+    for of in (Part.shards, Part.batches, Part.samples):
+        last = {"shards": layout.shards, "batches": layout.batches, "samples": layout.samples}[of.__name__]
+        assert [each for part in parts for each in of(part, layout)] == list(range(last))
+    assert all(batch // 4 in part.shards(layout) for part in parts for batch in part.batches(layout))
+    halves = [part.divided(index, 2) for part in parts for index in range(2)]
+    assert [each for half in halves for each in half.shards(layout)] == list(range(layout.shards))
+
+
+def test_a_part_must_be_one_of_them() -> None:
+    for index, count in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="0 <= I < N"):
+            Part(index, count)
+
+
+def test_a_part_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with part_writer(path, Part(0, 3)) as opened:
+        opened.put(0, rows_of(LAYOUT, 0, random_maps(11)))
+    others = [path / ".staging" / "000000002.x.partial", path / "heatmap" / "c" / "1" / "0" / "0.x.partial"]
+    mine = [path / ".staging" / "000000001.x.partial", path / "status" / "c" / "0.x.partial"]
+    for file in (*others, *mine, path / ".staging" / "000000003.npz"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
+    with part_writer(path, Part(0, 3)) as opened:
+        assert opened.pending() == [1]
+    assert all(file.exists() for file in others)
+    assert not any(file.exists() for file in mine)
+    assert (path / ".staging" / "000000003.npz").exists()
+
+
+def test_the_batch_size_of_a_store_can_be_adopted(tmp_path: Path) -> None:
+    write_all(tmp_path / "s", random_maps(11))
+    other = Layout(samples=11, batch_size=4, height=4, width=5, channels={"layer1.0": 3})
+    arguments = (SETTINGS, keys(other), np.arange(11) % 3 - 1)
     with (
-        writer(tmp_path / "s"),
-        pytest.raises(StoreError, match="another run is writing"),
-        writer(tmp_path / "s"),
+        pytest.raises(SettingsError, match="batch_size: 2 there, 4 now"),
+        StoreWriter(tmp_path / "s", other, *arguments),
     ):
         pass
-    with writer(tmp_path / "s") as opened:
-        assert opened.pending() == list(range(6))
+    with StoreWriter(tmp_path / "s", other, *arguments, adopt=("batch_size",)) as opened:
+        assert opened.layout == LAYOUT
+
+
+def test_relevance_of_layers_is_kept_whole(tmp_path: Path) -> None:
+    shapes = {"input": (3, 4, 5), "layer1.0": (7, 2, 3)}
+    layout = Layout(samples=5, batch_size=2, height=4, width=5, shard_batches=2, relevance=shapes)
+    maps, whole = random_maps(5, layout), {name: torch.randn(5, *shape) * 1e-9 for name, shape in shapes.items()}
+    whole["input"][2] = 0
+    with StoreWriter(tmp_path / "s", layout, SETTINGS, keys(layout), np.zeros(5, np.int64)) as opened:
+        for batch in opened.pending():
+            rows, (low, high) = rows_of(layout, batch, maps), layout.span(batch)
+            for name in shapes:
+                fields = layout.encode_relevance(name, whole[name][low:high])
+                rows |= {field: values.numpy() for field, values in fields.items()}
+            opened.put(batch, rows)
+    store = open_store(tmp_path / "s")
+    for name, expected in whole.items():
+        found = torch.from_numpy(store.relevance[name][:])
+        assert found.shape == expected.shape
+        scale = expected.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
+        assert (found - expected).abs().le(expected.abs() * 2.0**-11 + scale * 2.0**-24).all()
+        assert np.array_equal(store.relevance[name][3], found[3])
+
+
+def test_shards_of_large_samples_hold_fewer() -> None:
+    assert Layout(samples=9999, batch_size=16, height=224, width=224).shard_samples == 1024
+    large = Layout(samples=9999, batch_size=16, height=224, width=224, relevance={"layer1": (256, 56, 56)})
+    assert large.shard_samples * 256 * 56 * 56 * 2 <= 2**28
 
 
 def test_importing_the_package_imports_no_zarr() -> None:

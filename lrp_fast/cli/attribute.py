@@ -16,7 +16,6 @@ from lrp_fast.heatmap import default_smoothing
 from lrp_fast.images import find_images
 from lrp_fast.models import LoadedModel, load_model
 from lrp_fast.report import PAGE, Failure, Outcome, Run, RunOptions, percent
-from lrp_fast.splits import Splits
 from lrp_fast.version import VERSION
 
 from .common import (
@@ -26,16 +25,22 @@ from .common import (
     BackendOption,
     CompositeOption,
     DeviceOption,
+    InterpolationOption,
+    MeanOption,
     ModelOption,
+    ResizeOption,
     SizeOption,
     SplitOption,
+    StdOption,
     UsageError,
     WeightsOption,
     app,
     check_choice,
+    composite_for,
     find_composite,
     find_device,
     make_explainer,
+    override_preprocessing,
     parse_split,
     reporting,
     shown,
@@ -65,15 +70,19 @@ def attribute(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures explained at a time.")] = 8,
     size: SizeOption = None,
+    resize: ResizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
 ) -> None:
     """Explain pictures: for each an overlay (.png) and the raw map (.npy), a results.csv and an index.html gallery."""
     check_choice("--backend: unknown backend", backend, BACKENDS)
-    splits = parse_split(split)
-    rules = find_composite(composite)
+    find_composite(composite), parse_split(split)
     files = _find_files(images, output)
-    loaded = load_model(model, weights, size)
+    loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)
+    rules = composite_for(loaded, composite, split)
     options = RunOptions(
         target=None if target is None else _parse_target(target, loaded.classes),
         levels=levels if heat_quantization else None,
@@ -81,8 +90,8 @@ def attribute(
         batch_size=batch_size,
         device=find_device(device),
     )
-    explainer = make_explainer(loaded, rules, splits, backend, options.device)
-    settings = describe_run(loaded, rules, splits, options)
+    explainer = make_explainer(loaded, rules, backend, options.device)
+    settings = describe_run(loaded, rules, options)
     outcome = run_with_progress(Run(explainer, loaded, options), output, files, settings)
     report(outcome, output)
 
@@ -115,9 +124,7 @@ def _find_files(images: Sequence[Path], output: Path) -> list[Path]:
     return files
 
 
-def describe_run(
-    loaded: LoadedModel, composite: Composite, splits: Splits | None, options: RunOptions
-) -> dict[str, str]:
+def describe_run(loaded: LoadedModel, composite: Composite, options: RunOptions) -> dict[str, str]:
     """The header of the gallery: everything that decides what its pictures show, label to text."""
     size = loaded.preprocessing.crop
     smoothing = default_smoothing(size, size) if options.smoothing is None else options.smoothing
@@ -125,11 +132,12 @@ def describe_run(
         "model": loaded.name,
         "weights": loaded.source,
         "composite": composite.name,
-        "split": str(composite.splits if splits is None else splits),
+        "split": str(composite.splits),
         "class": "predicted" if options.target is None else loaded.classes[options.target],
         "heat quantization": "off" if options.levels is None else f"{options.levels} levels",
         "overlays smoothed by": f"{smoothing:g} px" if smoothing else "nothing",
         "size": f"{size} px",
+        "preprocessing": str(loaded.preprocessing),
         "device": str(options.device),
         "lrp-fast": VERSION,
     }

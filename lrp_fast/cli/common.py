@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -14,8 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from lrp_fast.composites import Composite
-from lrp_fast.data import SourceError
+from lrp_fast.data import KINDS, Source, SourceError, open_source
+from lrp_fast.data.embedded import PREFIX as EMBEDDED_SOURCE
 from lrp_fast.explain import BACKENDS, DTYPES, LRP
+from lrp_fast.images import INTERPOLATIONS
 from lrp_fast.models import LoadedModel, ModelError, UnknownModelError
 from lrp_fast.pipeline import PipelineError
 from lrp_fast.report import ForeignFileError, RunError
@@ -34,6 +37,20 @@ WeightsOption = Annotated[
     Path | None,
     typer.Option(help="A state dict: .safetensors, or what torch.save wrote.", exists=True, dir_okay=False),
 ]
+SourceOption = Annotated[
+    str,
+    typer.Option(
+        help="A folder of pictures (also as ImageNet, CUB-200-2011 or CIFAR-10 lay them out), a manifest (.csv, .parquet), "
+        "WebDataset shards, or embedded:COUNT[:SEED], pictures that are drawn."
+    ),
+]
+KindOption = Annotated[
+    str | None, typer.Option(help=f"What the source is: {', '.join(KINDS)}. Default: what it looks like.")
+]
+SubsetOption = Annotated[
+    str | None,
+    typer.Option(help="Which part of the data set, such as val, test or train, where its kind has several."),
+]
 CompositeOption = Annotated[str, typer.Option(help="The rules (see `lrp-fast composites`).")]
 SplitOption = Annotated[
     str | None,
@@ -43,6 +60,16 @@ SplitOption = Annotated[
     ),
 ]
 SizeOption = Annotated[int | None, typer.Option(min=32, help="Picture size in pixels. Default: the network's.")]
+ResizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Pixels of the shorter side before the crop. Default: the network's.")
+]
+MeanOption = Annotated[
+    str | None, typer.Option(help="What is subtracted from red, green and blue in [0, 1], such as 0.5,0.5,0.5.")
+]
+StdOption = Annotated[str | None, typer.Option(help="What red, green and blue are then divided by.")]
+InterpolationOption = Annotated[
+    str | None, typer.Option(help=f"How pictures are resized: {', '.join(INTERPOLATIONS)}. Default: the network's way.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BackendOption = Annotated[str, typer.Option(help=f"Who computes: {', '.join(BACKENDS)}.")]
 DtypeOption = Annotated[str, typer.Option(help=f"What is computed in: {', '.join(DTYPE_NAMES)}.")]
@@ -113,11 +140,29 @@ def check_choice(what: str, text: str, known: Iterable[str]) -> None:
         raise UsageError(f"{what} {text!r}; known: {', '.join(known)}")
 
 
+def find_source(
+    text: str, kind: str | None, subset: str | None, exclude: Path | None = None, masks: Path | None = None
+) -> Source:
+    """``--source``, ``--kind``, ``--subset`` (and ``--masks``)."""
+    if kind is not None:
+        check_choice("--kind: unknown kind", kind, KINDS)
+    if not text.startswith(EMBEDDED_SOURCE) and not Path(text).exists():
+        raise UsageError(f"--source: there is no {text}")
+    return open_source(text, kind, exclude, subset, masks)
+
+
 def find_composite(name: str) -> Composite:
     try:
         return Composite.named(name)
     except ValueError as error:
         raise UsageError(f"--composite: {error}") from error
+
+
+def composite_for(loaded: LoadedModel, name: str, split: str | None) -> Composite:
+    """``--composite`` and ``--split``, for pictures as the network gets them."""
+    splits = parse_split(split)
+    composite = Composite.for_range(find_composite(name).name, *loaded.preprocessing.bounds())
+    return composite if splits is None else composite.with_split(splits)
 
 
 def parse_split(text: str | None) -> Splits | None:
@@ -136,27 +181,43 @@ def parse_split(text: str | None) -> Splits | None:
         raise UsageError(f"--split: {error}") from error
 
 
-def find_device(name: str) -> torch.device:
+def override_preprocessing(
+    loaded: LoadedModel, resize: int | None, mean: str | None, std: str | None, interpolation: str | None
+) -> LoadedModel:
+    """The network with ``--resize``, ``--mean``, ``--std`` and ``--interpolation`` instead of its own, where given."""
+    means, stds = (_parse_channels(option, text) for option, text in (("--mean", mean), ("--std", std)))
+    try:
+        changed = loaded.preprocessing.override(resize=resize, mean=means, std=stds, interpolation=interpolation)
+    except ValueError as error:
+        raise UsageError(f"preprocessing: {error}") from error
+    return replace(loaded, preprocessing=changed)
+
+
+def _parse_channels(option: str, text: str | None) -> tuple[float, ...] | None:
+    """One number for each channel, separated by commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option}: expected three numbers such as 0.5,0.5,0.5, got {text!r}") from error
+
+
+def find_device(name: str, option: str = "--device") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: this build of torch has no CUDA
-        raise UsageError(f"--device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{option}: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
 
 
-def make_explainer(
-    loaded: LoadedModel,
-    composite: Composite,
-    splits: Splits | None,
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-) -> LRP:
+def make_explainer(loaded: LoadedModel, composite: Composite, backend: str, device: torch.device) -> LRP:
+    """The explainer of a network; one that cannot be explained is an error that names it."""
     try:
-        return LRP(loaded.model.to(device), composite=composite, split=splits, backend=backend, dtype=dtype)
+        return LRP(loaded.model.to(device), composite=composite, backend=backend)
     except (ValueError, TypeError) as error:
         raise CommandError(f"{loaded.name}: {error}") from error
 

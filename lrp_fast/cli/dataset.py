@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lrp_fast.data import KINDS, Source, open_source
-from lrp_fast.explain import BACKENDS, LRP
-from lrp_fast.models import LoadedModel, load_model
-from lrp_fast.pipeline import FAILURES, Pipeline, PipelineOptions
-from lrp_fast.pipeline import Progress as DatasetProgress
+from lrp_fast.batches import Setup
+from lrp_fast.cluster import attribute_on_cluster, connect
+from lrp_fast.data import Source
+from lrp_fast.devices import attribute_on_devices
+from lrp_fast.environment import launched
+from lrp_fast.explain import BACKENDS
+from lrp_fast.models import load_model
+from lrp_fast.pipeline import FAILURES, Pipeline, PipelineOptions, Progress
+from lrp_fast.plan import TraceError
+from lrp_fast.store import WHOLE, Part
 
 from .common import (
     DEFAULT_COMPOSITE,
@@ -22,39 +28,46 @@ from .common import (
     EXIT_INTERRUPTED,
     EXIT_SOME_FAILED,
     BackendOption,
+    CommandError,
     CompositeOption,
     DeviceOption,
     DtypeOption,
+    InterpolationOption,
+    KindOption,
+    MeanOption,
     ModelOption,
+    ResizeOption,
     SizeOption,
+    SourceOption,
     SplitOption,
+    StdOption,
+    SubsetOption,
     UsageError,
     WeightsOption,
     app,
     check_choice,
+    composite_for,
     find_composite,
     find_device,
-    make_explainer,
+    find_source,
+    override_preprocessing,
     parse_split,
     reporting,
     shown,
     stop,
 )
+from .progress import Display, rates
 
-PLAIN_SECONDS = 10.0
-"""How often progress is told in lines, where there is no terminal to redraw."""
+ENGINES = ("local", "ray")
 
 
 @app.command("attribute-dataset")
 @reporting()
 def attribute_dataset(
-    source: Annotated[
-        Path, typer.Option(help="A folder of pictures, a manifest (.csv, .parquet), or WebDataset shards.", exists=True)
-    ],
+    source: SourceOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The store, a folder; continued if it is there.")],
-    kind: Annotated[
-        str | None, typer.Option(help=f"What the source is: {', '.join(KINDS)}. Default: what it looks like.")
-    ] = None,
+    kind: KindOption = None,
+    subset: SubsetOption = None,
     model: ModelOption = None,
     weights: WeightsOption = None,
     composite: CompositeOption = DEFAULT_COMPOSITE,
@@ -66,83 +79,132 @@ def attribute_dataset(
     channels: Annotated[
         list[str] | None, typer.Option(help="Also store this layer's relevance by channel; again for more layers.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures explained at a time.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 2,
+    relevance: Annotated[
+        list[str] | None,
+        typer.Option(help="Also store the whole relevance of this layer, or of the `input`; again for more."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures explained at a time. Default: what is measured to be fastest.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures, for each device.")] = 2,
     size: SizeOption = None,
+    resize: ResizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
     device: DeviceOption = "auto",
+    devices: Annotated[
+        str | None, typer.Option(help="Several devices of this machine: 0,1,2,3 (GPUs) or cuda:0,cpu.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Part I/N of the data set, beside other processes. Default: as torchrun or srun says."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help=f"Who runs it: {', '.join(ENGINES)} (a Ray cluster).")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster. Default: one is started here.")] = None,
     backend: BackendOption = "auto",
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed pictures again.")] = False,
+    log_json: Annotated[Path | None, typer.Option(help="Append every event to this file, a line of JSON each.")] = None,
 ) -> None:
     """Explain every picture of a data set into a store; the same command continues a run that was stopped."""
     check_choice("--backend: unknown backend", backend, BACKENDS)
     check_choice("--dtype: unknown dtype", dtype, DTYPE_NAMES)
-    if kind is not None:
-        check_choice("--kind: unknown kind", kind, KINDS)
-    splits, rules, place = parse_split(split), find_composite(composite), find_device(device)
+    check_choice("--engine: unknown engine", engine, ENGINES)
+    find_composite(composite), parse_split(split)
+    _check_places(source, output)
+    part, places = _find_part(shard), _find_devices(device, devices)
+    if engine == "ray" and (devices is not None or shard is not None or device != "auto"):
+        raise UsageError("--engine ray finds its devices by itself: leave out --device, --devices and --shard")
+    samples = find_source(source, kind, subset, exclude=output)
+    loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)
+    setup = Setup(loaded, composite_for(loaded, composite, split), backend, DTYPE_NAMES[dtype])
+    options = PipelineOptions(batch_size or 0, workers, levels, _names(channels), _names(relevance), retry_failed)
+    run = _Run(setup, samples, options, output)
+    with Display(len(samples) if part == WHOLE else None, log_json) as display:
+        display.begin(output=str(output), engine=engine, part=str(part), devices=[str(place) for place in places])
+        progress = run.on_ray(address, display) if engine == "ray" else run.here(places, part, display)
+        display.end(progress)
+    _report(progress, output, part)
+
+
+class _Run:
+    """What is to be done, and the ways to do it."""
+
+    def __init__(self, setup: Setup, source: Source, options: PipelineOptions, output: Path) -> None:
+        self._what = (setup, source, options)
+        self._output = output
+
+    def here(self, devices: Sequence[torch.device], part: Part, display: Display) -> Progress:
+        with _naming_the_model(self._what[0].loaded.name):
+            if len(devices) > 1:
+                return attribute_on_devices(
+                    *self._what, self._output, devices, part, on_failure=display.failure, on_batch=display.batch
+                )
+            pipeline = Pipeline(*self._what, devices[0], part)
+        return pipeline.into(self._output, on_failure=display.failure, on_batch=display.batch)
+
+    def on_ray(self, address: str | None, display: Display) -> Progress:
+        connect(address)
+        with _naming_the_model(self._what[0].loaded.name):
+            return attribute_on_cluster(*self._what, self._output, on_failure=display.failure, on_batch=display.batch)
+
+
+@contextlib.contextmanager
+def _naming_the_model(name: str) -> Iterator[None]:
+    """A model without rules is an error, a layer that it does not have a mistake in the command."""
+    try:
+        yield
+    except (TraceError, TypeError) as error:
+        raise CommandError(f"{name}: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
+
+
+def _check_places(source: str, output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output: {output} is a file, expected a folder")
-    if output.resolve() == source.resolve():
+    if output.resolve() == Path(source).resolve():
         raise UsageError(f"--output: {output} is also the data set to explain; results need their own")
-    samples = open_source(source, kind, exclude=output)
-    loaded = load_model(model, weights, size)
-    explainer = make_explainer(loaded, rules, splits, backend, place, DTYPE_NAMES[dtype])
-    layers = tuple(name for text in channels or () for name in text.split(","))
-    options = PipelineOptions(batch_size, workers, levels, layers, retry_failed)
-    _report_dataset(_run_pipeline(_make_pipeline(explainer, loaded, samples, options), len(samples), output), output)
 
 
-def _make_pipeline(explainer: LRP, loaded: LoadedModel, source: Source, options: PipelineOptions) -> Pipeline:
-    try:
-        return Pipeline(explainer, loaded, source, options)
-    except ValueError as error:
-        raise UsageError(f"--channels: {error}") from error
+def _names(texts: Sequence[str] | None) -> tuple[str, ...]:
+    """Layers of an option that is given once or more, each time one name or several with commas."""
+    return tuple(dict.fromkeys(name for text in texts or () for name in text.split(",")))
 
 
-def _run_pipeline(pipeline: Pipeline, total: int, output: Path) -> DatasetProgress:
-    """Run, with one live line on a terminal and plain lines elsewhere."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("explaining"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as display:
-        task = display.add_task("explaining", total=total, told="")
-        told_at = -PLAIN_SECONDS
-
-        def on_failure(key: str, reason: str) -> None:
-            console.print(f"[yellow]failed:[/] {shown(key)}: {shown(reason)}", highlight=False, soft_wrap=True)
-
-        def on_batch(progress: DatasetProgress) -> None:
-            nonlocal told_at
-            display.update(
-                task, completed=progress.done + progress.failed, told=f"{progress.failed} failed, {_rates(progress)}"
-            )
-            if not console.is_terminal and time.monotonic() - told_at >= PLAIN_SECONDS:
-                told_at = time.monotonic()
-                console.print(_told(progress), highlight=False, soft_wrap=True)
-
-        return pipeline.into(output, on_failure=on_failure, on_batch=on_batch)
+def _find_part(text: str | None) -> Part:
+    """``--shard I/N``, else what torchrun's or srun's variables say, else the whole."""
+    if text is None:
+        found = launched()
+        if found is None or found.count == 1:
+            return WHOLE
+        line = f"part {found.index}/{found.count}, by {found.by}'s variables"
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+        return Part(found.index, found.count)
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UsageError(f"--shard: expected I/N with 0 <= I < N, got {text!r}")
+    return Part(int(index), int(count))
 
 
-def _rates(progress: DatasetProgress) -> str:
-    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in progress.shares().items())
-    return f"{progress.rate():.1f} images/s, waited for {shares}"
+def _find_devices(device: str, devices: str | None) -> list[torch.device]:
+    """``--devices``, or the one ``--device``: of several processes on a machine, each takes a GPU of its own."""
+    if devices is None:
+        found = launched()
+        if device == "auto" and found is not None and torch.cuda.is_available():
+            device = f"cuda:{found.local % torch.cuda.device_count()}"
+        return [find_device(device)]
+    if device != "auto":
+        raise UsageError("give --device or --devices, not both")
+    names = [f"cuda:{name}" if name.isdecimal() else name for name in devices.split(",")]
+    return [find_device(name, "--devices") for name in names]
 
 
-def _told(progress: DatasetProgress) -> str:
-    dealt_with = progress.done + progress.failed
-    seconds = (progress.total - dealt_with) / progress.rate() if progress.rate() else 0.0
-    return f"{dealt_with}/{progress.total}, {progress.failed} failed, {seconds:.0f} s left, {_rates(progress)}"
-
-
-def _report_dataset(progress: DatasetProgress, output: Path) -> None:
+def _report(progress: Progress, output: Path, part: Part) -> None:
     """Say what the store holds and leave with the exit code that tells."""
-    where = shown(str(output))
+    where = shown(str(output)) + (f" (part {part})" if part != WHOLE else "")
     failures = f", [yellow]{progress.failed} failed[/] (see {FAILURES})" if progress.failed else ""
-    took = f"{progress.fresh} in this run; {_rates(progress)}" if progress.fresh else "nothing was left to do"
+    took = f"{progress.fresh} in this run; {rates(progress)}" if progress.fresh else "nothing was left to do"
     line = f"{progress.done} of {progress.total} explained{failures}, {progress.bytes_per_image:,.0f} bytes per image, "
     Console().print(f"{line}in {where}; {took}", highlight=False, soft_wrap=True)
     if progress.interrupted:

@@ -1,7 +1,7 @@
 """Data sets as ordered, fingerprinted lists of samples whose bytes are read one at a time, in any process.
 
 A kind of source is one file here and its row in ``KINDS`` of ``kinds.py``. Nothing that comes from outside is
-unpickled, and no key or class name is ever used as a path.
+unpickled but torch's own tensors and plain containers, and no key or class name is ever used as a path.
 """
 
 from .kinds import KINDS, open_source

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lrp_fast.images import MAX_BYTES, SUFFIXES, ImageError
+from lrp_fast.images import SUFFIXES
 
-from .source import Source, SourceError, Texts, number_labels
+from .source import Source, SourceError, Texts, number_labels, read_slice
 
 _LONGEST_LABEL = 1000
 
@@ -39,18 +39,9 @@ class ShardSource(Source):
         self._places = np.array([(member.shard, member.offset, member.size) for member in members], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
+        self._check_index(index)
         shard, offset, size = map(int, self._places[index])
-        if size > MAX_BYTES:
-            raise ImageError(f"too large: {size / 1e6:.0f} MB, and the limit is {MAX_BYTES / 1e6:.0f}")
-        try:
-            with open(self._shards[shard], "rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-        except OSError as error:
-            raise ImageError(f"its shard cannot be read: {error}") from error
-        if len(content) < size:
-            raise ImageError(f"its shard ends after {len(content)} of {size} bytes")
-        return content
+        return read_slice(Path(self._shards[shard]), offset, size, "shard")
 
 
 def webdataset_source(path: Path) -> ShardSource:

@@ -1,12 +1,12 @@
 """Which of two ways serves a convolution, and with which tiles: a default, or what was measured on this device.
 
-Measured choices are kept as JSON, one file for each device and set of versions, under :func:`cache_folder`.
+Measured choices are kept as JSON, one file for each device and set of versions, under
+:func:`~lrp_fast.environment.cache_folder`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -15,20 +15,11 @@ from typing import Literal
 import torch
 import triton
 
+from lrp_fast.environment import cache_folder
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.version import VERSION
 
 Way = Literal["fused", "library"]
-
-
-def cache_folder() -> pathlib.Path:
-    """Where measured choices are kept: ``$LRP_FAST_CACHE``, or ``lrp_fast`` in the user's cache folder."""
-    own = os.environ.get("LRP_FAST_CACHE")
-    return (
-        pathlib.Path(own)
-        if own
-        else pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lrp_fast"
-    )
 
 
 @dataclass(frozen=True)
