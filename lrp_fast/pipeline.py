@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import multiprocessing
 import os
 import signal
 import time
@@ -238,7 +239,9 @@ class Pipeline:
         options: dict[str, Any] = {}
         if workers:
             # A clean server forks the workers: this process has threads, which a fork of it would leave half-alive.
-            options = {"multiprocessing_context": "forkserver", "worker_init_fn": _ignore_interrupt}
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([Batches.__module__])
+            options = {"multiprocessing_context": context, "worker_init_fn": _ignore_interrupt}
         pin = self.explainer.device.type == "cuda"
         sampler: Any = list(pending)
         loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **options)

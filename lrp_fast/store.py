@@ -553,11 +553,15 @@ class StoreWriter:
 
 def _create_array(group: Any, name: str, layout: Layout, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
     """An array of a shard's samples to each file; maps are compressed one by one, so that one can be read alone."""
-    sharding: dict[str, Any] = {"chunks": (layout.shard_samples, *shape)}
+    from zarr.codecs import BloscCodec
+
+    stored: dict[str, Any] = {"chunks": (layout.shard_samples, *shape)}
     if len(shape) >= 2:
-        sharding = {"chunks": (1, *shape), "shards": (layout.shard_samples, *shape)}
+        # Neighbours in a map agree in sign, exponent and first digits: bits of the same place compress together.
+        together = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
+        stored = {"chunks": (1, *shape), "shards": (layout.shard_samples, *shape), "compressors": together}
     fill: Any = "" if dtype is str else 0
-    group.create_array(name, shape=(layout.samples, *shape), dtype=dtype, fill_value=fill, **sharding)
+    group.create_array(name, shape=(layout.samples, *shape), dtype=dtype, fill_value=fill, **stored)
 
 
 def stage(store: Store, batch: int, rows: Rows) -> None:

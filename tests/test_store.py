@@ -329,6 +329,7 @@ def part_writer(path: Path, part: Part, layout: Layout = LAYOUT) -> StoreWriter:
 def _in_processes(action: Callable[..., None], *arguments: tuple[Any, ...]) -> list[int | None]:
     """Exit codes of the action in a process for each tuple of arguments, all at once."""
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lrp_fast.store", "zarr"])
     processes = [context.Process(target=action, args=each) for each in arguments]
     for process in processes:
         process.start()
