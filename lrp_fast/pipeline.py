@@ -192,6 +192,7 @@ class Pipeline:
         return {
             "model": loaded.name,
             "weights_sha256": weights_hash(loaded.model),
+            "model_classes": list(loaded.classes),
             "composite": explainer.composite.name,
             "splits": str(explainer.composite.splits),
             "dtype": str(explainer.dtype).removeprefix("torch."),

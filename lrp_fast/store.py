@@ -656,7 +656,7 @@ def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, A
     names = sorted((there.keys() | here.keys()) - adopted)
     names = [name for name in names if there.get(name) != here.get(name)]
     if names:
-        listed = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} now" for name in names)
+        listed = "; ".join(f"{name}: {there.get(name)!r:.200} there, {here.get(name)!r:.200} now" for name in names)
         raise SettingsError(f"{path} was begun with other settings, so it cannot be continued with these: {listed}")
 
 

@@ -136,7 +136,7 @@ def test_drawn_pictures_and_overridden_preprocessing(tmp_path: Path) -> None:
         (["--engine", "ray", "--shard", "0/2"], "finds its devices by itself"),
         (["--relevance", "layer9"], "no layer named 'layer9'"),
         (["--mean", "a,b"], "--mean: expected three numbers"),
-        (["--subset", "test"], "has no split 'test'"),
+        (["--source-split", "test"], "has no split 'test'"),
     ],
 )
 def test_mistakes_in_the_command(pictures: Path, tmp_path: Path, options: list[str], message: str) -> None:

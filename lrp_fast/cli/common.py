@@ -47,7 +47,7 @@ SourceOption = Annotated[
 KindOption = Annotated[
     str | None, typer.Option(help=f"What the source is: {', '.join(KINDS)}. Default: what it looks like.")
 ]
-SubsetOption = Annotated[
+SourceSplitOption = Annotated[
     str | None,
     typer.Option(help="Which part of the data set, such as val, test or train, where its kind has several."),
 ]
@@ -141,14 +141,14 @@ def check_choice(what: str, text: str, known: Iterable[str]) -> None:
 
 
 def find_source(
-    text: str, kind: str | None, subset: str | None, exclude: Path | None = None, masks: Path | None = None
+    text: str, kind: str | None, source_split: str | None, exclude: Path | None = None, masks: Path | None = None
 ) -> Source:
-    """``--source``, ``--kind``, ``--subset`` (and ``--masks``)."""
+    """``--source``, ``--kind``, ``--source-split`` (and ``--masks``)."""
     if kind is not None:
         check_choice("--kind: unknown kind", kind, KINDS)
     if not text.startswith(EMBEDDED_SOURCE) and not Path(text).exists():
         raise UsageError(f"--source: there is no {text}")
-    return open_source(text, kind, exclude, subset, masks)
+    return open_source(text, kind, exclude, source_split, masks)
 
 
 def find_composite(name: str) -> Composite:

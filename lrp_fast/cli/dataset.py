@@ -39,9 +39,9 @@ from .common import (
     ResizeOption,
     SizeOption,
     SourceOption,
+    SourceSplitOption,
     SplitOption,
     StdOption,
-    SubsetOption,
     UsageError,
     WeightsOption,
     app,
@@ -67,7 +67,7 @@ def attribute_dataset(
     source: SourceOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The store, a folder; continued if it is there.")],
     kind: KindOption = None,
-    subset: SubsetOption = None,
+    source_split: SourceSplitOption = None,
     model: ModelOption = None,
     weights: WeightsOption = None,
     composite: CompositeOption = DEFAULT_COMPOSITE,
@@ -115,7 +115,7 @@ def attribute_dataset(
     part, places = _find_part(shard), _find_devices(device, devices)
     if engine == "ray" and (devices is not None or shard is not None or device != "auto"):
         raise UsageError("--engine ray finds its devices by itself: leave out --device, --devices and --shard")
-    samples = find_source(source, kind, subset, exclude=output)
+    samples = find_source(source, kind, source_split, exclude=output)
     loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)
     setup = Setup(loaded, composite_for(loaded, composite, split), backend, DTYPE_NAMES[dtype])
     options = PipelineOptions(batch_size or 0, workers, levels, _names(channels), _names(relevance), retry_failed)
