@@ -135,10 +135,18 @@ def slow_curves(
     return curves
 
 
-def slow_area(curve: list[float]) -> float:
+def slow_area(curve: list[float], places: list[float]) -> float:
     if len(curve) == 1:
         return curve[0]
-    return sum((a + b) / 2 for a, b in itertools.pairwise(curve)) / (len(curve) - 1)
+    ends = zip(itertools.pairwise(curve), itertools.pairwise(places), strict=True)
+    return sum((a + b) / 2 * (right - left) for (a, b), (left, right) in ends)
+
+
+def slow_places(order: str, patches: int, step: int, points: int) -> list[float]:
+    """Where the points lie: by the patches held (rank), or one as far from the next as any other (threshold)."""
+    if order == "rank":
+        return [min(step * point, patches) / patches for point in range(points)]
+    return [point / (points - 1) for point in range(points)] if points > 1 else [0.0]
 
 
 MAPS: dict[str, Callable[[int, int, int], Tensor]] = {
@@ -169,9 +177,11 @@ def test_equals_the_slow_one(kind: str, order: str, patch: int, step: int) -> No
         assert got.insertion_curve.shape[1] == len(insertion)
         assert np.abs(got.insertion_curve[index].numpy() - insertion).max() <= 1e-9
         assert np.abs(got.deletion_curve[index].numpy() - deletion).max() <= 1e-9
-        assert abs(float(got.insertion[index]) - slow_area(insertion)) <= 1e-9
-        assert abs(float(got.deletion[index]) - slow_area(deletion)) <= 1e-9
-        assert abs(float(got.id[index]) - (slow_area(insertion) - slow_area(deletion))) <= 1e-9
+        places = slow_places(order, -(-height // patch) * -(-width // patch), step, len(insertion))
+        areas = slow_area(insertion, places), slow_area(deletion, places)
+        assert abs(float(got.insertion[index]) - areas[0]) <= 1e-9
+        assert abs(float(got.deletion[index]) - areas[1]) <= 1e-9
+        assert abs(float(got.id[index]) - (areas[0] - areas[1])) <= 1e-9
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -429,3 +439,16 @@ def test_refuses_models() -> None:
         broken.head.bias[2] = torch.nan
     with pytest.raises(ValueError, match="probabilities are not finite .* in sample 0"):
         insertion_deletion(broken, images, heatmaps, labels)
+
+
+def test_a_shorter_last_step_does_not_favour_noise() -> None:
+    """A random map has ID 0 in expectation only if every stretch counts by its length."""
+    model, images, labels = Network(), pictures(4, 12, 12), torch.randint(5, (4,))
+    heatmaps = torch.randn(4, 12, 12)
+    fine = insertion_deletion(model, images, heatmaps, labels, step=1, mean=MEAN, std=STD)
+    coarse = insertion_deletion(model, images, heatmaps, labels, step=100, mean=MEAN, std=STD)
+    assert coarse.fractions.tolist() == [0, 100 / 144, 1]
+    first, second, third = coarse.insertion_curve.T
+    expected = (first + second) / 2 * 100 / 144 + (second + third) / 2 * 44 / 144
+    assert torch.allclose(coarse.insertion, expected, rtol=0, atol=1e-12)
+    assert float(fine.weights.sum()) == pytest.approx(1)

@@ -35,23 +35,29 @@ class InsertionDeletion:
 
     - ``insertion_curve``, ``deletion_curve``: N × points, the label's probability
     - ``fractions``: points, the share of an image's patches that each mask holds where no two are tied
+    - ``weights``: points, what each counts in the area, in all 1
     - ``forward_passes``: how many pictures the model was shown; equal pictures of an image are shown once
     """
 
     insertion_curve: Tensor
     deletion_curve: Tensor
     fractions: Tensor
+    weights: Tensor
     forward_passes: int
 
     @property
     def insertion(self) -> Tensor:
-        """Area under each insertion curve, N: the trapezoid over the points divided by points − 1."""
-        return _area(self.insertion_curve)
+        """Area under each insertion curve, N, by the trapezoid rule.
+
+        ``"threshold"``: over the points, divided by points − 1 (a single point: its value), as published. ``"rank"``:
+        over the fractions, so that a last step that is shorter counts for less; otherwise noise would score above 0.
+        """
+        return self.insertion_curve @ self.weights
 
     @property
     def deletion(self) -> Tensor:
         """Area under each deletion curve, N, likewise."""
-        return _area(self.deletion_curve)
+        return self.deletion_curve @ self.weights
 
     @property
     def id(self) -> Tensor:
@@ -144,7 +150,8 @@ def insertion_deletion(
             curves.append(scores[pictures.points].cpu())
         (insertion, deletion), fractions = torch.cat(curves, 1), fractions.cpu()
     check_finite("label probabilities", insertion + deletion)
-    return InsertionDeletion(insertion, deletion, fractions, forward_passes)
+    places = fractions if order == "rank" else torch.linspace(0, 1, len(fractions), dtype=torch.float64)
+    return InsertionDeletion(insertion, deletion, fractions, _trapezoid(places), forward_passes)
 
 
 # From heatmaps to counts of patches.
@@ -278,9 +285,12 @@ def _memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _area(curve: Tensor) -> Tensor:
-    points = curve.shape[1]
-    return curve[:, 0] if points == 1 else torch.trapezoid(curve, dim=1) / (points - 1)
+def _trapezoid(places: Tensor) -> Tensor:
+    """The weights of the trapezoid rule at ``places`` from 0 to 1, float64 [points]; of a single place 1."""
+    if len(places) == 1:
+        return torch.ones_like(places)
+    halves = places.diff() / 2
+    return F.pad(halves, (0, 1)) + F.pad(halves, (1, 0))
 
 
 # Arguments.

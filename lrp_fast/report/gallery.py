@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import jinja2
-
 from lrp_fast.heatmap import color_scale
+
+from .page import fill_template
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,8 @@ class Gallery:
 
 def render_gallery(gallery: Gallery) -> str:
     """The page as HTML text; it explains each colour scale that its cards use."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lrp_fast.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
     scales = {signed: ", ".join(color_scale(signed)) for signed in sorted({card.signed for card in gallery.cards})}
-    return environment.get_template("gallery.html").render(gallery=gallery, scales=scales)
+    return fill_template("gallery.html", {"percent": percent}, gallery=gallery, scales=scales)
 
 
 def percent(share: float) -> str:

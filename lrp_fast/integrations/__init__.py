@@ -1,0 +1,1 @@
+"""Adapters to other tools' interfaces, each in a module of its own."""
