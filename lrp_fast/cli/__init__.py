@@ -6,7 +6,7 @@ Exit codes: 0 all good, 1 an error, 2 a mistake in the command, 3 some pictures 
 file here.
 """
 
-from lrp_fast.cli import attribute, dataset, demo, evaluate, listing  # noqa: F401 - importing a command registers it
+from lrp_fast.cli import attribute, dataset, demo, evaluate, export, listing  # noqa: F401 - importing a command registers it
 from lrp_fast.cli.common import app
 
 __all__ = ["app", "main"]
