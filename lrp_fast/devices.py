@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import queue
+import contextlib
 import signal
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,6 @@ from lrp_fast.batches import PipelineError, Setup
 from lrp_fast.data import Source
 from lrp_fast.pipeline import OnBatch, OnFailure, Pipeline, PipelineOptions, Progress, bytes_per_image
 from lrp_fast.store import WHOLE, Part, Store, StoreError
-
-_PATIENCE = 0.2
-"""Seconds between two looks at whether a process is still there."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +46,29 @@ def attribute_on_devices(
     """As :meth:`Pipeline.into`, on several devices at once; each writes its share of ``part``.
 
     ``options.workers`` decoding processes for each device; on a CPU the threads are shared out. What one process cannot
-    do the others go on with; then its error is raised: a :class:`~lrp_fast.store.StoreError` as it is, any other as a
-    :class:`PipelineError`. Stored is what was computed, and the same call continues.
+    do the others go on with; then its error is raised: a :class:`~lrp_fast.store.StoreError` or ``ValueError`` as it is, any
+    other as a :class:`PipelineError`. Stored is what was computed, and the same call continues.
     """
     context = torch.multiprocessing.get_context("spawn")
-    said, stop = context.Queue(), context.Event()
+    stop = context.Event()
     threads = max(1, torch.get_num_threads() // max(1, sum(device.type == "cpu" for device in devices)))
     jobs = [
         _Job(setup, source, options, path, device, part.divided(index, len(devices)), threads)
         for index, device in enumerate(devices)
     ]
-    processes = [
-        context.Process(target=_work, args=(index, job, said, stop), daemon=False) for index, job in enumerate(jobs)
-    ]
-    for process in processes:
-        process.start()
-    watch = _Watch(processes, jobs, on_failure, on_batch)
+    watch = _Watch(jobs, on_failure, on_batch)
     try:
+        for job in jobs:
+            watch.start(context, job, stop)
         while watch.running:
             try:
-                watch.listen(said)
+                watch.listen()
             except KeyboardInterrupt:
                 if stop.is_set():
                     raise
                 stop.set()
     finally:
-        for process in processes:
-            if watch.running:  # a second Ctrl-C: what is on the disk is kept, what is being computed is not waited for
-                process.terminate()
-            process.join()
+        watch.end()
     if watch.errors:
         raise watch.errors[0]
     found = watch.total(interrupted=stop.is_set())
@@ -86,37 +77,55 @@ def attribute_on_devices(
 
 
 class _Watch:
-    """What the processes have said so far."""
+    """The processes, and what they have said so far: each through a pipe of its own, whose end tells that it has ended.
 
-    def __init__(
-        self, processes: Sequence[Any], jobs: Sequence[_Job], on_failure: OnFailure, on_batch: OnBatch
-    ) -> None:
-        self._processes, self._jobs = processes, jobs
+    One queue for all would have a lock, which a process that is killed while it holds it never gives back.
+    """
+
+    def __init__(self, jobs: Sequence[_Job], on_failure: OnFailure, on_batch: OnBatch) -> None:
         self._on_failure, self._on_batch = on_failure, on_batch
-        self._progress = [Progress() for _ in processes]
-        self.running = set(range(len(processes)))
+        self._progress = [Progress() for _ in jobs]
+        self._processes: list[Any] = []
+        self.running: dict[Any, int] = {}
         self.errors: list[Exception] = []
 
-    def listen(self, said: Any) -> None:
-        """Take in one message, or note that a process has ended without one."""
-        ended = [index for index in self.running if not self._processes[index].is_alive()]
+    def start(self, context: Any, job: _Job, stop: Any) -> None:
+        heard, said = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(job, said, stop), name=str(job.device), daemon=False)
+        process.start()
+        said.close()  # the process has its own; with ours open the pipe would never end
+        self.running[heard] = len(self._processes)
+        self._processes.append(process)
+
+    def listen(self) -> None:
+        """Wait for messages and take them in."""
+        ready = wait(list(self.running))
+        for heard, index in [(heard, index) for heard, index in self.running.items() if heard in ready]:
+            kind, what = self._hear(heard, index)
+            if kind in ("end", "error"):
+                del self.running[heard]
+            if kind == "error":
+                self.errors.append(what)
+            elif kind == "failure":
+                self._on_failure(*what)
+            else:
+                self._progress[index] = what
+                self._on_batch(self.total())
+
+    def _hear(self, heard: Any, index: int) -> tuple[str, Any]:
         try:
-            index, kind, what = said.get(timeout=_PATIENCE)
-        except queue.Empty:
-            for index in ended:  # it had ended before the queue was found empty
-                self.running.discard(index)
-                code = self._processes[index].exitcode
-                self.errors.append(PipelineError(f"the process on {self._jobs[index].device} ended with code {code}"))
-            return
-        if kind in ("end", "error"):
-            self.running.discard(index)
-        if kind == "error":
-            self.errors.append(what)
-        elif kind == "failure":
-            self._on_failure(*what)
-        else:
-            self._progress[index] = what
-            self._on_batch(self.total())
+            return heard.recv()
+        except (EOFError, OSError):  # it has ended, perhaps within a message
+            process = self._processes[index]
+            process.join()
+            return "error", PipelineError(f"the process on {process.name} ended with code {process.exitcode}")
+
+    def end(self) -> None:
+        """Wait for the processes; for those that still run, after a second Ctrl-C, not: what they stored is kept."""
+        for index in self.running.values():
+            self._processes[index].kill()
+        for process in self._processes:
+            process.join()
 
     def total(self, interrupted: bool = False) -> Progress:
         """All parts together; what was waited for is the mean, as all wait at once."""
@@ -126,23 +135,38 @@ class _Watch:
         return Progress(**sums, interrupted=interrupted, waited=waited)
 
 
-def _work(index: int, job: _Job, said: Any, stop: Any) -> None:
-    """One process: its pipeline, told of in messages ``(index, "batch" | "failure" | "end" | "error", what)``."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process decides
+def _work(job: _Job, said: Any, stop: Any) -> None:
+    """One process: its pipeline, told of in messages ``("batch" | "failure" | "end" | "error", what)``."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the first one decides
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
 
-    def on_failure(key: str, reason: str) -> None:
-        said.put((index, "failure", (key, reason)))
+    def tell(kind: str, what: object) -> None:
+        try:
+            said.send((kind, what))
+        except BrokenPipeError as error:  # the first process was killed: nobody is left to hear or to stop this one
+            raise KeyboardInterrupt from error
+
+    last = Progress()
 
     def on_batch(progress: Progress) -> None:
-        said.put((index, "batch", deepcopy(progress)))  # it is pickled later, by a thread
+        nonlocal last
+        last = progress
+        tell("batch", progress)
         if stop.is_set():
             raise KeyboardInterrupt
 
     try:
         pipeline = Pipeline(job.setup, job.source, job.options, job.device, job.part)
-        said.put((index, "end", pipeline.into(job.path, on_failure=on_failure, on_batch=on_batch)))
-    except StoreError as error:
-        said.put((index, "error", error))
+        found = pipeline.into(job.path, on_failure=lambda *what: tell("failure", what), on_batch=on_batch)
+        ending: tuple[str, object] = ("end", found)
+    except (StoreError, ValueError) as error:
+        ending = ("error", error)
+    except (PipelineError, OSError) as error:
+        ending = ("error", PipelineError(f"{job.device}: {error}"))
+        if isinstance(error, PipelineError) and stop.is_set():  # the decoding processes were sent SIGTERM too
+            ending = ("end", last)
     except Exception as error:
-        said.put((index, "error", PipelineError(f"{job.device}: {type(error).__name__}: {error}")))
+        ending = ("error", PipelineError(f"{job.device}: {type(error).__name__}: {error}"))
+    with contextlib.suppress(KeyboardInterrupt):
+        tell(*ending)

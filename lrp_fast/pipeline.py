@@ -7,7 +7,10 @@ import hashlib
 import io
 import multiprocessing
 import os
+import shutil
 import signal
+import stat
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +43,8 @@ from lrp_fast.version import VERSION
 
 FAILURES = "failures.csv"
 STAGES = ("decode", "compute", "write")
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux keeps what processes share."""
 
 OnFailure = Callable[[str, str], None]
 """Hears the key and the reason of every sample that fails."""
@@ -227,9 +232,10 @@ class Pipeline:
                         decoded = next(batches)
                     with progress.waiting_for("compute"):
                         explained = explainer.explain(decoded)
-                    if behind is not None:
-                        writing.put(behind)
-                    behind = explained
+                    # First this one takes its place: whatever ends the other's writing, this one is written too.
+                    behind, ready = explained, behind
+                    if ready is not None:
+                        writing.put(ready)
             finally:
                 if behind is not None:
                     writing.put(behind)
@@ -239,10 +245,11 @@ class Pipeline:
         workers = min(self._options.workers, len(pending))
         options: dict[str, Any] = {}
         if workers:
+            _check_shared_memory(workers, batch_size * 3 * self._setup.loaded.preprocessing.crop**2 * 4)
             # A clean server forks the workers: this process has threads, which a fork of it would leave half-alive.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([Batches.__module__])
-            options = {"multiprocessing_context": context, "worker_init_fn": _ignore_interrupt}
+            options = {"multiprocessing_context": context, "worker_init_fn": _begin_worker}
         pin = self.explainer.device.type == "cuda"
         sampler: Any = list(pending)
         loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **options)
@@ -295,9 +302,34 @@ class _Behind:
                 self._writing.result()
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends the others."""
+def _check_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Raise :class:`PipelineError` where decoded batches have no room: a worker would lose one and all wait for it."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    # Each worker has two under way, and one is explained while another is copied.
+    needed, free = (2 * workers + 2) * batch_bytes, shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise PipelineError(
+            f"{workers} decoding processes need {needed / 1e6:.0f} MB of shared memory, and {SHARED_MEMORY} has "
+            f"{free / 1e6:.0f} MB left: take fewer --workers (0: none), a smaller --batch-size, or, in a container, give "
+            "it more (docker run --shm-size=8g)"
+        )
+
+
+def _begin_worker(worker: int) -> None:
+    """Leave Ctrl-C, which reaches every process of a terminal, to the main one; and end when that is killed.
+
+    A DataLoader's worker looks at its own parent for this, which here is the server that forked it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -357,5 +389,14 @@ def _progress_of(writer: StoreWriter) -> Progress:
 
 def bytes_per_image(store: Store) -> float:
     """What the store takes on the disk for each sample that is not missing."""
-    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    size = sum(_size(file) for file in store.path.rglob("*"))
     return size / max(1, int((store.status[:] != MISSING).sum()))
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file; 0 for a folder, and for what another process has removed since it was listed."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0

@@ -396,7 +396,8 @@ class StoreWriter:
         part: Part = WHOLE,
         adopt: Sequence[str] = (),
     ) -> None:
-        self.path, self.layout, self.part = path, layout, part
+        # Behind links: the store is made beside its place and renamed, and to "." or a link nothing can be renamed.
+        self.path, self.layout, self.part = path.resolve(), layout, part
         described = {
             **asdict(layout),
             "channels": dict(layout.channels),
@@ -479,14 +480,29 @@ class StoreWriter:
 
         Of several processes that begin at once, one makes it, and the others wait for that.
         """
+        if self.path == Path.cwd():  # the shell would be left in a folder that is gone
+            raise StoreError(f"{self.path} is the folder you are in; give one in it, such as {self.path / 'store'}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.lrp-fast-partial")
         while not _is_begun(self.path):
             with _only_here(partial) as ours:
-                if ours and not _is_begun(self.path):
+                if ours and _is_begun(self.path):  # another made it meanwhile, and this folder came after that
+                    shutil.rmtree(partial)
+                elif ours:
                     self._fill(partial)
-                    os.rename(partial, self.path)
+                    self._put_in_place(partial)
                     _sync(self.path.parent)
+
+    def _put_in_place(self, partial: Path) -> None:
+        try:
+            os.rename(partial, self.path)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+            shutil.rmtree(partial)
+            raise StoreError(
+                f"a disk is mounted at {self.path}; give a folder in it, such as {self.path / 'store'}"
+            ) from error
 
     def _fill(self, partial: Path) -> None:
         for left_over in partial.iterdir():
@@ -530,12 +546,27 @@ class StoreWriter:
         low, high = self.layout.span(batches[0])[0], self.layout.span(batches[-1])[1]
         for name in self.layout.fields():  # status last: it says that all the others are there
             array = self._group[name]
-            array[low:high] = self.store.rows((name,), low, high)[name]
+            array[low:high] = self._staged_over(name, low, high)
             self._sync_chunk(name, shard, array)
         for batch in batches:
             if batch in self.store.staged:
                 self.store.staged.discard(batch)
                 _staged_file(self.path, batch).unlink(missing_ok=True)
+
+    def _staged_over(self, name: str, low: int, high: int) -> Array:
+        """A field of a shard's samples; never zeros for a staged file that can no longer be read, as a reader gets."""
+        values = np.array(self._group[name][low:high])
+        for batch in range(low // self.layout.batch_size, -(-high // self.layout.batch_size)):
+            if batch not in self.store.staged:
+                continue
+            rows = self.store.staged_rows(batch, (name,))
+            if rows is None:
+                raise StoreError(
+                    f"{_staged_file(self.path, batch)} can no longer be read; the same command computes what it held again"
+                )
+            start, stop = self.layout.span(batch)
+            values[start - low : stop - low] = rows[name]
+        return values
 
     def _chunk_file(self, name: str, shard: int, array: Any) -> Path:
         place = (shard, *([0] * (array.ndim - 1)))

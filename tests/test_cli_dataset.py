@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,11 +86,52 @@ def test_devices_of_one_machine(pictures: Path, whole: Path, tmp_path: Path) -> 
     assert_same_bits(tmp_path / "s", whole)
 
 
+def wait_for_batches(store: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 100
+    while not list(store.glob(".staging/*.npz")) and not list(store.glob("status/c/*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_sigterm_ends_a_run_as_an_interruption(devices: str, tmp_path: Path) -> None:
+    source = draw_classes(tmp_path / "in", 800)
+    command = arguments(source, tmp_path / "s", "--devices", devices)
+    process = in_process(command)
+    wait_for_batches(tmp_path / "s", process)
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, (output, errors)
+    assert "interrupted; the same command continues" in errors
+    assert "Traceback" not in errors
+    done = int((open_store(tmp_path / "s").status[:] == DONE).sum())
+    assert 0 < done < 800
+    assert f"{done} of 800 explained" in output
+
+
+def test_the_processes_of_the_devices_end_with_the_first(tmp_path: Path) -> None:
+    source = draw_classes(tmp_path / "in", 800)
+    process = in_process(arguments(source, tmp_path / "s", "--devices", "cpu,cpu"))
+    wait_for_batches(tmp_path / "s", process)
+    process.kill()
+    process.communicate(timeout=60)  # its pipes are theirs too, so all have ended then
+    assert 0 < (open_store(tmp_path / "s").status[:] == DONE).sum() < 800
+
+
+def test_more_parts_than_shards(pictures: Path, tmp_path: Path) -> None:
+    assert dataset(pictures, tmp_path / "s").exit_code == 3
+    result = dataset(pictures, tmp_path / "s", "--shard", "0/2")
+    assert result.exit_code == 0
+    assert "this part is empty, as there are more parts than shards in the store" in result.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning")
 def test_the_ray_engine(pictures: Path, whole: Path, tmp_path: Path) -> None:
     command = arguments(pictures, tmp_path / "s", "--engine", "ray")
-    process = in_process(command, RAY_USAGE_STATS_ENABLED="0")
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}  # of no account: Ray shares out the whole
+    process = in_process(command, RAY_USAGE_STATS_ENABLED="0", **launched)
     output, errors = process.communicate(timeout=180)
     assert process.returncode == 3, errors
     assert f"29 of {COUNT} explained, 1 failed" in output
@@ -132,6 +174,7 @@ def test_drawn_pictures_and_overridden_preprocessing(tmp_path: Path) -> None:
         (["--shard", "one"], "--shard: expected I/N"),
         (["--devices", "cpu,nonsense"], "--devices: 'nonsense' cannot be used"),
         (["--devices", "cpu,cpu", "--device", "cpu"], "not both"),
+        (["--devices", "cpu,meta"], "expected devices of one kind"),
         (["--engine", "dask"], "unknown engine 'dask'; known: local, ray"),
         (["--engine", "ray", "--shard", "0/2"], "finds its devices by itself"),
         (["--relevance", "layer9"], "no layer named 'layer9'"),

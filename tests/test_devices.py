@@ -57,6 +57,8 @@ def test_two_devices_give_the_arrays_of_one(loaded: LoadedModel, pictures: Path,
     assert_same_bits(tmp_path / "two", tmp_path / "one")
     with pytest.raises(SettingsError, match="levels: None there, 8 now"):
         attribute_on_devices(setup(loaded), open_source(pictures), small(levels=8), tmp_path / "two", [CPU, CPU])
+    with pytest.raises(ValueError, match="no layer named 'layer9'"):
+        attribute_on_devices(setup(loaded), open_source(pictures), small(channels=("layer9",)), tmp_path / "n", [CPU])
 
 
 class Deadly(FileSource):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from lrp_fast.evaluation import (
 from lrp_fast.images import decode_image
 from lrp_fast.methods import Method, find_method
 from lrp_fast.metrics import (
+    Interval,
     bootstrap,
     bootstrap_difference,
     insertion_deletion,
@@ -45,7 +47,7 @@ from lrp_fast.metrics import (
 from lrp_fast.models import LoadedModel, load_model
 from lrp_fast.report import ForeignFileError
 from lrp_fast.report.figures import method_styles
-from lrp_fast.report.scores import MethodScores, file_name, number, table_csv, table_markdown
+from lrp_fast.report.scores import MethodScores, file_name, number, span, table_csv, table_markdown
 from lrp_fast.store import SettingsError
 
 COUNT, SIZE, STEP = 6, 64, 900
@@ -600,3 +602,9 @@ def test_lines_tell_methods_apart() -> None:
 
 def test_the_embedded_classes_are_the_networks(loaded: LoadedModel, source: Source) -> None:
     assert match_labels(source, loaded.classes).tolist() == [index % len(CLASSES) for index in range(COUNT)]
+
+
+def test_an_interval_that_holds_zero_shows_it() -> None:
+    assert span("rank_id", Interval(0.002, -0.0001, 0.0044, 200)) == "[−0.000, 0.004]"
+    assert span("rank_id", Interval(0.002, 0.0001, 0.0044, 200)) == "[0.000, 0.004]"
+    assert span("rank_id", Interval(0.0, math.nan, math.nan, 1)) == ""

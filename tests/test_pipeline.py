@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,9 @@ from lrp_fast.batches import NOT_FINITE, PipelineError, find_batch_size
 from lrp_fast.data import FileSource, Source, open_source
 from lrp_fast.images import load_picture
 from lrp_fast.models import LoadedModel, load_model
-from lrp_fast.pipeline import weights_hash
+from lrp_fast.pipeline import Pipeline, Progress, bytes_per_image, weights_hash
 from lrp_fast.store import DONE, FAILED, Part, SettingsError, open_store
-from runs import assert_same_bits, draw, draw_classes, everything, failures, run
+from runs import CPU, assert_same_bits, draw, draw_classes, everything, failures, run, setup, small
 
 SIZE, COUNT = 32, 30
 
@@ -264,6 +266,56 @@ def test_an_interruption_keeps_what_was_done(
     assert_same_bits(tmp_path / "s", tmp_path / "whole")
 
 
+def test_an_interruption_between_batches_counts_each_once_and_loses_none(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path
+) -> None:
+    folder = draw_classes(tmp_path / "in", COUNT)
+    for index in (0, 3, 6):
+        (folder / "0" / f"{index}.jpg").write_bytes(b"")
+    named: list[str] = []
+
+    def interrupt(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    pipeline = Pipeline(setup(loaded), open_source(folder), small(), CPU)
+    progress = pipeline.into(tmp_path / "s", on_failure=lambda key, reason: named.append(key), on_batch=interrupt)
+    assert progress.interrupted
+    assert (progress.fresh, progress.done, progress.failed) == (8, 6, 2)  # the batch told of and the one computed then
+    assert sorted(named) == ["0/0.jpg", "0/3.jpg"]  # sorted as text, 0/6.jpg comes in the third batch
+
+
+def test_decoding_processes_without_shared_memory_are_refused(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = (2 * 2 + 2) * 4 * 3 * SIZE**2 * 4
+    free = needed - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(PipelineError, match=r"shared memory, .*--workers .*--shm-size"):
+        run(loaded, pictures, tmp_path / "s", workers=2)
+    assert run(loaded, pictures, tmp_path / "s", workers=0).done == COUNT
+    free = needed
+    assert run(loaded, pictures, tmp_path / "t", workers=2).done == COUNT
+
+
+def test_the_size_of_a_store_whose_files_go_meanwhile(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = run(loaded, pictures, tmp_path / "s").bytes_per_image
+
+    class Removed(type(tmp_path)):  # type: ignore[misc]
+        """A file that another process removes just after it was seen."""
+
+        def is_file(self) -> bool:
+            return True
+
+        def stat(self, **options: Any) -> os.stat_result:
+            raise FileNotFoundError(self)
+
+    real = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: [*real(self, pattern), Removed(self / "000000009.npz")])
+    assert bytes_per_image(open_store(tmp_path / "s")) == size > 0
+
+
 @pytest.mark.parametrize(
     ("options", "explainer", "named"),
     [
@@ -468,7 +520,7 @@ def kill_and_resume(
     counts = [0]
     for _ in range(kills):
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         ) as process:
             before, deadline = _files(store), time.monotonic() + 60
             while process.poll() is None and _files(store) == before:
@@ -476,11 +528,26 @@ def kill_and_resume(
                 time.sleep(0.01)
             time.sleep(random.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
+        while left := _session(process.pid):
+            assert time.monotonic() < deadline, f"processes go on without the one that was killed: {left}"
+            time.sleep(0.01)
         counts.append(_done(store))
     assert 0 < counts[1] < total, "the first kill came too late to test anything"
     assert counts == sorted(counts)
     assert run(loaded, source, store, batch_size=batch_size).fresh == total - counts[-1]
     assert_same_bits(store, whole)
+
+
+def _session(leader: int) -> list[int]:
+    """The processes that one has started, directly or not."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(process.name)) == leader:
+                found.append(int(process.name))
+        except ProcessLookupError:
+            continue
+    return found
 
 
 def _files(store: Path) -> set[Path]:
@@ -495,7 +562,7 @@ def _done(path: Path) -> int:
 def test_killed_and_resumed_gives_the_same_bits(loaded: LoadedModel, tmp_path: Path) -> None:
     for index in range(150):
         draw(tmp_path / "in" / f"{index}.jpg")
-    kill_and_resume(loaded, tmp_path / "in", tmp_path, kills=1, batch_size=3, workers=0)
+    kill_and_resume(loaded, tmp_path / "in", tmp_path, kills=1, batch_size=3, workers=1)
 
 
 @pytest.mark.slow

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,64 @@ def test_a_damaged_staged_file_is_computed_again_and_never_unpickled(tmp_path: P
     with writer(tmp_path / "s") as opened:
         assert opened.pending() == [0, 1, 2, 3, 4, 5]
     assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_staged_file_that_cannot_be_read_never_counts_as_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = random_maps(4)
+    layout = Layout(samples=4, batch_size=2, height=4, width=5, shard_batches=2)
+    expected = write_all(tmp_path / "whole", maps, layout)
+    real = Store.staged_rows
+
+    def unreadable(self: Store, batch: int, names: Sequence[str]) -> Rows | None:
+        return None if batch == 0 and tuple(names) == ("heatmap",) else real(self, batch, names)
+
+    with monkeypatch.context() as patch, writer(tmp_path / "s", layout) as opened:
+        patch.setattr(Store, "staged_rows", unreadable)
+        opened.put(0, rows_of(layout, 0, maps))
+        with pytest.raises(StoreError, match=r"000000000.npz can no longer be read"):
+            opened.put(1, rows_of(layout, 1, maps))
+    assert_equal(write_all(tmp_path / "s", maps, layout), expected)
+
+
+def test_a_store_is_made_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name, target in (("link", tmp_path / "empty"), ("dangling", tmp_path / "disk" / "new")):
+        (tmp_path / name).symlink_to(target)
+        write_all(tmp_path / name, random_maps(11))
+        assert (tmp_path / name).is_symlink()
+        assert (open_store(target).status[:] == DONE).all()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dangling", "disk", "empty", "link"]
+
+
+def test_places_where_no_store_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "here")
+        with pytest.raises(StoreError, match="is the folder you are in"), writer(Path()):
+            pass
+
+    def mounted(*arguments: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "rename", mounted)
+    with pytest.raises(StoreError, match="a disk is mounted at .*here"), writer(tmp_path / "here"):
+        pass
+    assert [file.name for file in tmp_path.rglob("*")] == ["here"]
+
+
+def test_who_comes_late_to_a_beginning_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lrp_fast.store as module
+
+    write_all(tmp_path / "s", random_maps(11))
+    answers = [False]  # as seen just before another process renamed its own to this place
+    real = module._is_begun
+    monkeypatch.setattr(module, "_is_begun", lambda path: answers.pop() if answers else real(path))
+    writer(tmp_path / "s")._create()
+    assert not answers
+    assert [file.name for file in tmp_path.iterdir()] == ["s"]
 
 
 def test_what_is_done_is_never_replaced(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -94,7 +95,7 @@ def attribute_dataset(
     interpolation: InterpolationOption = None,
     device: DeviceOption = "auto",
     devices: Annotated[
-        str | None, typer.Option(help="Several devices of this machine: 0,1,2,3 (GPUs) or cuda:0,cpu.")
+        str | None, typer.Option(help="Several devices of this machine, all of one kind: 0,1,2,3 (GPUs) or cpu,cpu.")
     ] = None,
     shard: Annotated[
         str | None,
@@ -112,7 +113,8 @@ def attribute_dataset(
     check_choice("--engine: unknown engine", engine, ENGINES)
     find_composite(composite), parse_split(split)
     _check_places(source, output)
-    part, places = _find_part(shard), _find_devices(device, devices)
+    part = WHOLE if engine == "ray" else _find_part(shard)
+    places = _find_devices(device, devices)
     if engine == "ray" and (devices is not None or shard is not None or device != "auto"):
         raise UsageError("--engine ray finds its devices by itself: leave out --device, --devices and --shard")
     samples = find_source(source, kind, source_split, exclude=output)
@@ -127,6 +129,16 @@ def attribute_dataset(
     _report(progress, output, part)
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, as SLURM sends before a job's time is up, ends a run as Ctrl-C does: what is computed is stored."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 class _Run:
     """What is to be done, and the ways to do it."""
 
@@ -135,17 +147,18 @@ class _Run:
         self._output = output
 
     def here(self, devices: Sequence[torch.device], part: Part, display: Display) -> Progress:
-        with _naming_the_model(self._what[0].loaded.name):
+        with _ended_by_sigterm(), _naming_the_model(self._what[0].loaded.name):
             if len(devices) > 1:
                 return attribute_on_devices(
                     *self._what, self._output, devices, part, on_failure=display.failure, on_batch=display.batch
                 )
             pipeline = Pipeline(*self._what, devices[0], part)
-        return pipeline.into(self._output, on_failure=display.failure, on_batch=display.batch)
+        with _ended_by_sigterm():
+            return pipeline.into(self._output, on_failure=display.failure, on_batch=display.batch)
 
     def on_ray(self, address: str | None, display: Display) -> Progress:
-        connect(address)
-        with _naming_the_model(self._what[0].loaded.name):
+        connect(address)  # after this, as it sets a way of its own to end
+        with _ended_by_sigterm(), _naming_the_model(self._what[0].loaded.name):
             return attribute_on_cluster(*self._what, self._output, on_failure=display.failure, on_batch=display.batch)
 
 
@@ -197,14 +210,21 @@ def _find_devices(device: str, devices: str | None) -> list[torch.device]:
     if device != "auto":
         raise UsageError("give --device or --devices, not both")
     names = [f"cuda:{name}" if name.isdecimal() else name for name in devices.split(",")]
-    return [find_device(name, "--devices") for name in names]
+    places = [find_device(name, "--devices") for name in names]
+    if len({place.type for place in places}) > 1:
+        raise UsageError(f"--devices: expected devices of one kind, whose bits agree, got {devices}")
+    return places
 
 
 def _report(progress: Progress, output: Path, part: Part) -> None:
     """Say what the store holds and leave with the exit code that tells."""
     where = shown(str(output)) + (f" (part {part})" if part != WHOLE else "")
     failures = f", [yellow]{progress.failed} failed[/] (see {FAILURES})" if progress.failed else ""
-    took = f"{progress.fresh} in this run; {rates(progress)}" if progress.fresh else "nothing was left to do"
+    took = f"{progress.fresh} in this run; {rates(progress)}"
+    if not progress.fresh and not progress.interrupted:
+        took = "nothing was left to do"
+    if not progress.total:
+        took = "this part is empty, as there are more parts than shards in the store"
     line = f"{progress.done} of {progress.total} explained{failures}, {progress.bytes_per_image:,.0f} bytes per image, "
     Console().print(f"{line}in {where}; {took}", highlight=False, soft_wrap=True)
     if progress.interrupted:

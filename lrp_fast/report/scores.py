@@ -175,10 +175,11 @@ def number(key: str, value: float) -> str:
 
 
 def span(key: str, interval: Interval) -> str:
-    """An interval's ends as ``[low, high]``; empty where there are none."""
+    """An interval's ends as ``[low, high]``; empty where there are none. One that is just below 0 is ``−0.000``."""
     if math.isnan(interval.low):
         return ""
-    return f"[{number(key, interval.low)}, {number(key, interval.high)}]"
+    ends = [(end, number(key, end)) for end in (interval.low, interval.high)]
+    return f"[{', '.join(f'−{text}' if text == '0.000' and end < 0 else text for end, text in ends)}]"
 
 
 def table_csv(rows: Sequence[Row]) -> str:
