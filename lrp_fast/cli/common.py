@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -163,6 +163,11 @@ def composite_for(loaded: LoadedModel, name: str, split: str | None) -> Composit
     splits = parse_split(split)
     composite = Composite.for_range(find_composite(name).name, *loaded.preprocessing.bounds())
     return composite if splits is None else composite.with_split(splits)
+
+
+def layer_names(texts: Sequence[str] | None) -> tuple[str, ...]:
+    """Layers of an option that is given once or more, each time one name or several with commas."""
+    return tuple(dict.fromkeys(name for text in texts or () for name in text.split(",")))
 
 
 def parse_split(text: str | None) -> Splits | None:

@@ -51,6 +51,7 @@ from .common import (
     find_composite,
     find_device,
     find_source,
+    layer_names,
     override_preprocessing,
     parse_split,
     reporting,
@@ -120,7 +121,9 @@ def attribute_dataset(
     samples = find_source(source, kind, source_split, exclude=output)
     loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)
     setup = Setup(loaded, composite_for(loaded, composite, split), backend, DTYPE_NAMES[dtype])
-    options = PipelineOptions(batch_size or 0, workers, levels, _names(channels), _names(relevance), retry_failed)
+    options = PipelineOptions(
+        batch_size or 0, workers, levels, layer_names(channels), layer_names(relevance), retry_failed
+    )
     run = _Run(setup, samples, options, output)
     with Display(len(samples) if part == WHOLE else None, log_json) as display:
         display.begin(output=str(output), engine=engine, part=str(part), devices=[str(place) for place in places])
@@ -178,11 +181,6 @@ def _check_places(source: str, output: Path) -> None:
         raise UsageError(f"--output: {output} is a file, expected a folder")
     if output.resolve() == Path(source).resolve():
         raise UsageError(f"--output: {output} is also the data set to explain; results need their own")
-
-
-def _names(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """Layers of an option that is given once or more, each time one name or several with commas."""
-    return tuple(dict.fromkeys(name for text in texts or () for name in text.split(",")))
 
 
 def _find_part(text: str | None) -> Part:

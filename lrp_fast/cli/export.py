@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from .common import (
     app,
     check_choice,
     find_source,
+    layer_names,
     reporting,
     shown,
 )
@@ -59,19 +60,14 @@ def export(
     check_choice("--format: unknown format", format, FORMATS)
     opened = open_store(store)
     options = {
-        "channels": _layers(channels),
-        "relevance": _layers(relevance),
+        "channels": layer_names(channels) or None,
+        "relevance": layer_names(relevance) or None,
         "dtype": dtype,
         "rows_per_file": rows_per_file,
         "source": _open_pictures(opened, source, kind, source_split, output),
     }
     given = {name: value for name, value in options.items() if value is not None}
     _report(_export(opened, format, output, limit=limit, overwrite=overwrite, **given), format)
-
-
-def _layers(texts: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Layers of an option that is given once or more, each time one name or several with commas."""
-    return tuple(name for text in texts for name in text.split(",")) if texts else None
 
 
 def _open_pictures(
