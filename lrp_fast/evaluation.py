@@ -52,7 +52,7 @@ from lrp_fast.report.evaluation import EvaluationReport, Shown, write_report, wr
 from lrp_fast.report.folder import ForeignFileError, printable
 from lrp_fast.report.gallery import Failure, percent
 from lrp_fast.report.scores import METRICS, PROTOCOLS, Entry, Floats, MethodScores, Row, file_name, sanity_failures
-from lrp_fast.store import SettingsError
+from lrp_fast.store import check_settings
 from lrp_fast.version import VERSION
 
 logger = logging.getLogger("lrp_fast")
@@ -653,22 +653,9 @@ class _Files:
 def _check_settings(about: Path, wanted: Mapping[str, Any]) -> None:
     try:
         content = json.loads(about.read_text(encoding="utf-8"))
-        form, found = (content["format"], content["version"]), dict(_flat(content["settings"]))
+        form, found = (content["format"], content["version"]), content["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ForeignFileError(f"{about} is not the settings of an evaluation: {error}") from error
     if form != (FORMAT, FORMAT_VERSION):
         raise ForeignFileError(f"{about} is of {form[0]!r} version {form[1]}, expected {FORMAT!r} {FORMAT_VERSION}")
-    here = dict(_flat(wanted))
-    names = sorted(name for name in found.keys() | here.keys() if found.get(name) != here.get(name))
-    if names:
-        listed = "; ".join(f"{name}: {found.get(name)!r} there, {here.get(name)!r} now" for name in names)
-        raise SettingsError(f"{about.parent} was begun with other settings, so it cannot be continued: {listed}")
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted names and plain values."""
-    if not isinstance(value, Mapping):
-        yield name, value
-        return
-    for key, each in value.items():
-        yield from _flat(each, f"{name}.{key}" if name else key)
+    check_settings(about.parent, found, wanted)

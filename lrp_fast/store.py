@@ -21,7 +21,7 @@ import shutil
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -419,7 +419,7 @@ class StoreWriter:
                 raise StoreError(f"{self.path} exists and is not a store; results need a folder of their own")
             self._create()
         self.store = Store(self.path)
-        _check_settings(self.path, self.store.attributes, self._attributes, self._adopted)
+        check_settings(self.path, self.store.attributes, self._attributes, self._adopted)
         self.layout = self.store.layout
         self._shards = self.part.shards(self.layout)
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -682,9 +682,15 @@ def _only_here(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], adopted: set[str]) -> None:
+def check_settings(
+    path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], adopted: Collection[str] = ()
+) -> None:
+    """Raise :class:`SettingsError` if what ``path`` was begun with differs, but for the names in ``adopted``.
+
+    Settings may be nested; the error names each that differs, with both values.
+    """
     there, here = dict(_flat(found)), dict(_flat(wanted))
-    names = sorted((there.keys() | here.keys()) - adopted)
+    names = sorted((there.keys() | here.keys()) - set(adopted))
     names = [name for name in names if there.get(name) != here.get(name)]
     if names:
         listed = "; ".join(f"{name}: {there.get(name)!r:.200} there, {here.get(name)!r:.200} now" for name in names)
