@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -58,8 +59,9 @@ def attribute_on_devices(
     ]
     watch = _Watch(jobs, on_failure, on_batch)
     try:
-        for job in jobs:
-            watch.start(context, job, stop)
+        with _interrupted_afterwards(stop):
+            for job in jobs:
+                watch.start(context, job, stop)
         while watch.running:
             try:
                 watch.listen()
@@ -74,6 +76,24 @@ def attribute_on_devices(
     found = watch.total(interrupted=stop.is_set())
     found.bytes_per_image = bytes_per_image(Store(path))
     return found
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards(stop: Any) -> Iterator[None]:
+    """What would interrupt the start of a process only sets ``stop``: half-started ones could not be told to end."""
+    interrupting = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.default_int_handler
+    ]
+    for number in interrupting:
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        for number in interrupting:
+            signal.signal(number, signal.default_int_handler)
 
 
 class _Watch:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,3 +99,23 @@ def test_an_interruption_ends_all_and_loses_nothing(loaded: LoadedModel, picture
     assert rest.fresh >= COUNT - found.fresh  # a failed sample is not computed again
     run(loaded, pictures, tmp_path / "whole")
     assert_same_bits(tmp_path / "s", tmp_path / "whole")
+
+
+class Interrupting(FileSource):
+    """A source that gets a Ctrl-C while it is sent to a process."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return self.__dict__
+
+
+def test_an_interruption_while_processes_start_is_one_like_any(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path
+) -> None:
+    source = open_source(pictures)
+    assert isinstance(source, FileSource)
+    arguments = ("folder", [Path(path) for path in source.paths], list(source.keys), source.labels, source.classes)
+    found = attribute_on_devices(setup(loaded), Interrupting(*arguments), small(), tmp_path / "s", [CPU, CPU])
+    assert found.interrupted
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert found.fresh == np.count_nonzero(open_store(tmp_path / "s").status[:])
