@@ -1,8 +1,8 @@
 """The batches of a data set: decoded in any process, explained on a device, brought into the rows of a store.
 
 Batch b holds the samples b·B to (b+1)·B, always, the last one padded: a result depends on the batch it is computed in, so
-only with a fixed composition does a resumed or divided run give the bits of an uninterrupted one. Where a picture cannot
-be read, and beyond the last sample, a stand-in takes the place.
+only with a fixed composition does a resumed or divided run give the bits of an uninterrupted one (on a CPU, with as many
+threads: they divide sums differently). Where a picture cannot be read, and beyond the last sample, a stand-in takes the place.
 """
 
 from __future__ import annotations
