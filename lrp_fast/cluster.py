@@ -20,14 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lrp_fast.batches import Batches, BatchExplainer, Decoded, PipelineError, Setup
+from lrp_fast.batches import Batches, BatchExplainer, Decoded, PipelineError, Setup, explained_numbers
 from lrp_fast.composites import Composite
 from lrp_fast.data import Source
 from lrp_fast.explain import LRP
 from lrp_fast.images import Preprocessing
 from lrp_fast.pipeline import OnBatch, OnFailure, Pipeline, PipelineOptions, Progress, fill
 from lrp_fast.splits import Split, Splits
-from lrp_fast.store import CHANNELS, Array, Layout, Store, StoreError, StoreWriter, stage
+from lrp_fast.store import Array, Layout, Store, StoreError, StoreWriter, stage
 
 _MOST_BLOCKS, _MOST_CALLS = 10_000, 10_000
 
@@ -103,6 +103,7 @@ def attribute_on_cluster(
     with StoreWriter(path, *arguments) as writer:
 
         def run(pending: Sequence[int], progress: Progress) -> None:
+            before = writer.store.status[:]
             results = _explain_batches(setup, source, path, writer.layout, workers, pending)
             for _ in pending:
                 with progress.waiting_for("compute"), _plain_errors():
@@ -110,8 +111,8 @@ def attribute_on_cluster(
                 with progress.waiting_for("write"):
                     writer.take(row["batch"])
                 low, high = writer.layout.span(row["batch"])
-                before, status = (np.asarray(json.loads(row[name])) for name in ("before", "status"))
-                progress.take(source.keys[low:high], before, status, json.loads(row["reasons"]), on_failure)
+                status, reasons = np.asarray(json.loads(row["status"])), json.loads(row["reasons"])
+                progress.take(source.keys[low:high], before[low:high], status, reasons, on_failure)
                 on_batch(progress)
 
         return fill(writer, options.retry_failed, run)
@@ -193,10 +194,8 @@ class _BatchWriter:
         batch, reasons = int(table["batch"][0]), json.loads(str(table["reasons"][0]))
         inputs = torch.from_numpy(np.array(table["inputs"][0]))  # a copy: Ray's own may not be written to
         rows = self._explainer.explain(Decoded(batch, inputs, reasons)).rows(self._store.layout)
-        low, high = self._store.layout.span(batch)
-        before = self._store.status[low:high]
         stage(self._store, batch, rows)
-        said = {"before": before, "status": rows["status"], "reasons": rows["reason"]}
+        said = {"status": rows["status"], "reasons": rows["reason"]}
         return {"batch": [batch], **{name: [json.dumps(values.tolist())] for name, values in said.items()}}
 
 
@@ -213,14 +212,7 @@ class _RowExplainer:
             raise ValueError(f"the data set has no column {self._column!r}; it has: {', '.join(table)}")
         inputs = torch.stack([self._input(picture) for picture in table[self._column]])
         result = self._explainer.explain(inputs.to(self._explainer.device), layers=self._layers, relevance=False)
-        chosen = result.output.double().softmax(1).gather(1, result.target[:, None])[:, 0]
-        found = {
-            "heatmap": result.heatmap.float(),
-            "target": result.target,
-            "probability": chosen.float(),
-            "leak": result.leak.float(),
-            **{CHANNELS + name: result.layers[name].flatten(2).sum(2).float() for name in self._layers},
-        }
+        found = {"heatmap": result.heatmap.float(), **explained_numbers(result, self._layers)}
         return {**table, **{name: values.cpu().numpy() for name, values in found.items()}}
 
     def _input(self, picture: Array) -> Tensor:

@@ -14,13 +14,21 @@ import pytest
 import torch
 
 from lrp_fast import LRP, TraceError
-from lrp_fast.batches import PipelineError
-from lrp_fast.cluster import Workers, attribute, attribute_on_cluster, connect, default_workers
+from lrp_fast.batches import Batches, PipelineError
+from lrp_fast.cluster import (
+    Workers,
+    _BatchWriter,
+    _decode,
+    attribute,
+    attribute_on_cluster,
+    connect,
+    default_workers,
+)
 from lrp_fast.data import open_source
 from lrp_fast.models import LoadedModel, load_model
 from lrp_fast.pipeline import Progress
-from lrp_fast.store import SettingsError
-from runs import assert_same_bits, draw_classes, failures, run, setup, small
+from lrp_fast.store import Layout, SettingsError
+from runs import assert_same_bits, draw_with_an_empty_file, failures, run, setup, small
 
 SIZE, COUNT = 32, 40
 
@@ -40,9 +48,7 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = draw_classes(tmp_path_factory.mktemp("pictures"), COUNT)
-    (folder / "2" / "29.jpg").write_bytes(b"")
-    return folder
+    return draw_with_an_empty_file(tmp_path_factory.mktemp("pictures"), COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,26 @@ def test_a_cluster_gives_the_arrays_of_one_process_though_an_actor_is_killed(
     assert again.fresh == 0
     with pytest.raises(SettingsError, match="levels: None there, 8 now"):
         attribute_on_cluster(setup(loaded), open_source(pictures), small(levels=8, **options), tmp_path / "s")
+
+
+def test_a_batch_that_was_staged_when_its_actor_died_counts_once(
+    cluster: Any, loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retry finds the file of the actor that died before it could say so."""
+
+    def twice(
+        setup: Any, source: Any, path: Path, layout: Layout, workers: Any, pending: Any
+    ) -> Iterator[dict[str, Any]]:
+        batches = Batches(source, loaded.preprocessing, layout.batch_size)
+        for batch in pending:
+            row = _decode(cluster.put(batches), {"batch": batch})
+            for _ in range(2):
+                said = _BatchWriter(cluster.put(setup), path)({name: np.array([value]) for name, value in row.items()})
+            yield {name: values[0] for name, values in said.items()}
+
+    monkeypatch.setattr("lrp_fast.cluster._explain_batches", twice)
+    found = attribute_on_cluster(setup(loaded), open_source(pictures), small(), tmp_path / "s")
+    assert (found.total, found.done, found.failed, found.fresh) == (COUNT, COUNT - 1, 1, COUNT)
 
 
 def test_two_nodes_have_two_workers(cluster: Any) -> None:
