@@ -12,15 +12,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
 
+import records
 from lrp_fast.metrics import insertion_deletion
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> None:
@@ -33,9 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments.model, arguments.images, arguments.step, arguments.batch_size, arguments.rounds)
     print(json.dumps(result, indent=2))
-    RESULTS.mkdir(exist_ok=True)
-    file = f"perturbation-{arguments.model}-cpu-{platform.machine()}-torch{torch.__version__.split('+')[0]}.json"
-    (RESULTS / file).write_text(json.dumps(result, indent=2) + "\n")
+    records.save(f"perturbation-{arguments.model}-cpu-{platform.machine()}", result)
 
 
 def measure(name: str, images: int, step: int, batch_size: int, rounds: int) -> dict[str, object]:

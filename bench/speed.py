@@ -8,8 +8,6 @@ times of a shared machine mean little.
 
 from __future__ import annotations
 
-import json
-import pathlib
 import platform
 import statistics
 import time
@@ -23,10 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import records
 from lrp_fast import LRP
 from peers import zennit_explainer
-
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def attribute(explainer: LRP, images: Tensor) -> Tensor:
@@ -96,7 +93,6 @@ def main(
     """Measure, print and write the results."""
     found = measure(batch, side, repeats, compile_too)
     processor = platform.machine()
-    name = f"cpu-{processor}-float32-torch{torch.__version__.split('+')[0]}.json"
     found |= {
         "network": "resnet50",
         "batch": batch,
@@ -104,8 +100,7 @@ def main(
         "repeats": repeats,
         "threads": torch.get_num_threads(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps(found, indent=2) + "\n")
+    records.save(f"cpu-{processor}-float32", found)
     milliseconds = found["ms_per_image"]
     table = Table("run", "ms / image", "forward passes", "speed against zennit")
     for run, value in milliseconds.items():

@@ -24,14 +24,13 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.models import get_model
 
+import records
 from lrp_fast import LRP, Composite, open_store
 from lrp_fast.batches import Batches, Setup
 from lrp_fast.data import Source, open_source
 from lrp_fast.images import Preprocessing
 from lrp_fast.models import LoadedModel, load_model
 from lrp_fast.pipeline import Pipeline, PipelineOptions, Progress
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,8 @@ def main() -> None:
         source = open_source(_photographs(Path(folder) / "photographs", arguments.images))
         result = _compare(Path(folder), loaded, source, device, arguments)
     print(json.dumps(result, indent=2))
-    RESULTS.mkdir(exist_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{platform.machine()}"
-    file = f"throughput-{loaded.name}-{name.replace(' ', '-')}-float32-torch{torch.__version__.split('+')[0]}.json"
-    (RESULTS / file).write_text(json.dumps(result, indent=2) + "\n")
+    records.save(f"throughput-{loaded.name}-{name.replace(' ', '-')}-float32", result)
 
 
 def _arguments() -> argparse.Namespace:

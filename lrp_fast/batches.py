@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from lrp_fast.composites import Composite
 from lrp_fast.data import Source
-from lrp_fast.explain import LRP
+from lrp_fast.explain import LRP, Attribution
 from lrp_fast.images import ImageError, Preprocessing, decode_image
 from lrp_fast.models import LoadedModel
 from lrp_fast.store import CHANNELS, DONE, FAILED, INPUT, Layout, Rows
@@ -171,21 +171,25 @@ class BatchExplainer:
             result = self.explainer.explain(inputs, layers=layers, relevance=INPUT in relevance)
         except ValueError as error:
             raise PipelineError(f"pictures of {list(inputs.shape[1:])}: {error}") from error
-        sums = {CHANNELS + name: result.layers[name].flatten(2).sum(2).float() for name in channels}
+        numbers = explained_numbers(result, channels)
         whole = {
             name: (result.relevance if name == INPUT else result.layers[name]).float()  # type: ignore[union-attr]
             for name in relevance
         }
         heatmap = result.heatmap.float()
         finite = heatmap.flatten(1).isfinite().all(1)
-        for values in (*sums.values(), *whole.values()):
+        for values in (*(numbers[CHANNELS + name] for name in channels), *whole.values()):
             finite &= values.flatten(1).isfinite().all(1)
         encoded = self.layout.encode(_where(finite, heatmap))
         for name, values in whole.items():
             encoded |= self.layout.encode_relevance(name, _where(finite, values))
-        chosen = result.output.double().softmax(1).gather(1, result.target[:, None])[:, 0]
-        numbers = {"target": result.target, "probability": chosen.float(), "leak": result.leak.float()}
-        return {**encoded, **sums, **numbers, "finite": finite}
+        return {**encoded, **numbers, "finite": finite}
+
+
+def explained_numbers(result: Attribution, channels: Iterable[str]) -> dict[str, Tensor]:
+    """What is kept of each image besides its map: the class, its probability, the leak, and relevance by channel."""
+    sums = {CHANNELS + name: result.layers[name].flatten(2).sum(2).float() for name in channels}
+    return {"target": result.target, "probability": result.probability.float(), "leak": result.leak.float(), **sums}
 
 
 def _where(good: Tensor, values: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ from lrp_fast.metrics import (
 )
 from lrp_fast.models import LoadedModel
 from lrp_fast.pipeline import weights_hash
-from lrp_fast.report.evaluation import EvaluationReport, Shown, write_report, write_whole
-from lrp_fast.report.folder import ForeignFileError, printable
+from lrp_fast.report.evaluation import EvaluationReport, Shown, write_report
+from lrp_fast.report.folder import ForeignFileError, printable, write_whole
 from lrp_fast.report.gallery import Failure, percent
 from lrp_fast.report.scores import METRICS, PROTOCOLS, Entry, Floats, MethodScores, Row, file_name, sanity_failures
 from lrp_fast.store import check_settings

@@ -47,6 +47,7 @@ class Attribution:
     - ``start``: N, the relevance put in
     - ``leak``: N, ``(start − Σ relevance) / start``, signed; 0 where both are 0
     - ``layers``: module name → relevance at that module's output
+    - ``probability``: N float64, the softmax probability of that class
     """
 
     relevance: Tensor | None
@@ -56,6 +57,12 @@ class Attribution:
     start: Tensor
     leak: Tensor
     layers: Mapping[str, Tensor]
+
+    @property
+    def probability(self) -> Tensor:
+        """The softmax probability of the class that was explained, float64, shaped like ``target``."""
+        targets = self.target.reshape(self.output.shape[0], -1)
+        return self.output.double().softmax(1).gather(1, targets).reshape(self.target.shape)
 
 
 class LRP:

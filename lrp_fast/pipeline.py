@@ -37,7 +37,7 @@ from lrp_fast.batches import (
     on_device,
 )
 from lrp_fast.data import Source
-from lrp_fast.report.folder import safe_cell
+from lrp_fast.report.folder import safe_cell, write_whole
 from lrp_fast.store import DONE, FAILED, MISSING, WHOLE, Array, Layout, Part, Store, StoreError, StoreWriter
 from lrp_fast.version import VERSION
 
@@ -255,11 +255,8 @@ class Pipeline:
         loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **options)
         try:
             yield from loader
-        except (
-            RuntimeError,
-            OSError,
-            EOFError,
-        ) as error:  # what comes of a worker that was killed, in whatever it was doing
+        # What comes of a worker that was killed, in whatever it was doing.
+        except (RuntimeError, OSError, EOFError) as error:
             raise PipelineError(f"a decoding process ended: {(str(error).splitlines() or ['killed'])[0]}") from error
 
 
@@ -360,9 +357,7 @@ def write_failures(writer: StoreWriter) -> None:
         for index in failed:
             label = "" if labels[index] < 0 else int(labels[index])
             rows.writerow((safe_cell(str(keys[index])), label, safe_cell(str(reasons[index]))))
-        partial = file.with_suffix(".partial")
-        partial.write_text(table.getvalue(), encoding="utf-8", newline="")
-        os.replace(partial, file)
+        write_whole(file, table.getvalue().encode("utf-8"))
 
 
 def fill(writer: StoreWriter, retry_failed: bool, run: Callable[[Sequence[int], Progress], None]) -> Progress:

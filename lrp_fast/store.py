@@ -318,13 +318,23 @@ class Store:
         """The maps that are done, as a torch data set of (heatmap float32 [H, W], label)."""
         return StoreDataset(self)
 
-    def rows(self, names: Sequence[str], low: int, high: int) -> Rows:
-        """Fields of the samples ``low`` to ``high`` as they are stored, staged batches included."""
+    def rows(self, names: Sequence[str], low: int, high: int, strict: bool = False) -> Rows:
+        """Fields of the samples ``low`` to ``high`` as they are stored, staged batches included.
+
+        A staged file that cannot be read counts as missing, or (``strict``) raises :class:`StoreError`.
+        """
         size = self.layout.batch_size
         near = [batch for batch in range(low // size, -(-high // size)) if batch in self.staged]
         computed = [name for name in names if name in self.layout.fields()]
         # Staged ones first: what is compacted meanwhile is in the arrays by then.
-        staged = {batch: rows for batch in near if (rows := self.staged_rows(batch, computed)) is not None}
+        staged: dict[int, Rows] = {}
+        for batch in near:
+            rows = self.staged_rows(batch, computed)
+            if rows is not None:
+                staged[batch] = rows
+            elif strict:
+                file = _staged_file(self.path, batch)
+                raise StoreError(f"{file} can no longer be read; the same command computes what it held again")
         found = {name: np.asarray(self._group[name][low:high]) for name in names}
         for batch, rows in staged.items():
             start, stop = self.layout.span(batch)
@@ -546,27 +556,12 @@ class StoreWriter:
         low, high = self.layout.span(batches[0])[0], self.layout.span(batches[-1])[1]
         for name in self.layout.fields():  # status last: it says that all the others are there
             array = self._group[name]
-            array[low:high] = self._staged_over(name, low, high)
+            array[low:high] = self.store.rows((name,), low, high, strict=True)[name]
             self._sync_chunk(name, shard, array)
         for batch in batches:
             if batch in self.store.staged:
                 self.store.staged.discard(batch)
                 _staged_file(self.path, batch).unlink(missing_ok=True)
-
-    def _staged_over(self, name: str, low: int, high: int) -> Array:
-        """A field of a shard's samples; never zeros for a staged file that can no longer be read, as a reader gets."""
-        values = np.array(self._group[name][low:high])
-        for batch in range(low // self.layout.batch_size, -(-high // self.layout.batch_size)):
-            if batch not in self.store.staged:
-                continue
-            rows = self.store.staged_rows(batch, (name,))
-            if rows is None:
-                raise StoreError(
-                    f"{_staged_file(self.path, batch)} can no longer be read; the same command computes what it held again"
-                )
-            start, stop = self.layout.span(batch)
-            values[start - low : stop - low] = rows[name]
-        return values
 
     def _chunk_file(self, name: str, shard: int, array: Any) -> Path:
         place = (shard, *([0] * (array.ndim - 1)))

@@ -37,6 +37,13 @@ def draw_classes(folder: Path, count: int, classes: int = 3) -> Path:
     return folder
 
 
+def draw_with_an_empty_file(folder: Path, count: int = 30) -> Path:
+    """Pictures of three classes, one of them, ``2/29.jpg``, a file without content."""
+    draw_classes(folder, count)
+    (folder / "2" / "29.jpg").write_bytes(b"")
+    return folder
+
+
 def setup(loaded: LoadedModel, composite: str = "otsuki2024", split: str | None = None, **options: Any) -> Setup:
     rules = Composite.named(composite)
     return Setup(loaded, rules if split is None else replace(rules, splits=as_splits(split)), **options)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from lrp_fast.cli import app
 from lrp_fast.store import DONE, open_store
-from runs import assert_same_bits, draw_classes, failures
+from runs import assert_same_bits, draw_classes, draw_with_an_empty_file, failures
 
 COUNT = 30
 
@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = draw_classes(tmp_path_factory.mktemp("pictures"), COUNT)
-    (folder / "2" / "29.jpg").write_bytes(b"")
-    return folder
+    return draw_with_an_empty_file(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_mistakes(store: Store, tmp_path: Path) -> None:
 
 def test_progress_is_told_in_lines(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "SLICE_SAMPLES", 8)
-    monkeypatch.setattr(command, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("lrp_fast.cli.progress.PLAIN_SECONDS", 0.0)
     result = export(store, tmp_path / "png", "--format", "png")
     assert result.stderr.splitlines() == ["7/18 written", "15/18 written", "18/18 written"]
 

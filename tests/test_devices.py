@@ -18,7 +18,7 @@ from lrp_fast.devices import attribute_on_devices
 from lrp_fast.models import LoadedModel, load_model
 from lrp_fast.pipeline import Progress
 from lrp_fast.store import DONE, SettingsError, open_store
-from runs import CPU, assert_same_bits, draw_classes, failures, run, setup, small
+from runs import CPU, assert_same_bits, draw_with_an_empty_file, failures, run, setup, small
 
 SIZE, COUNT = 32, 30
 
@@ -32,9 +32,7 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = draw_classes(tmp_path_factory.mktemp("pictures"), COUNT)
-    (folder / "2" / "29.jpg").write_bytes(b"")
-    return folder
+    return draw_with_an_empty_file(tmp_path_factory.mktemp("pictures"))
 
 
 def test_two_devices_give_the_arrays_of_one(loaded: LoadedModel, pictures: Path, tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ def images() -> Tensor:
     return torch.randn(4, 3, SIDE, SIDE)
 
 
+def test_the_probability_is_that_of_the_explained_class(model: nn.Module, images: Tensor) -> None:
+    explainer = LRP(model)
+    expected = explainer.explain(images).output.double().softmax(1)
+    assert torch.equal(explainer.explain(images).probability, expected.amax(1))
+    assert torch.equal(explainer.explain(images, target=2).probability, expected[:, 2])
+    several = explainer.explain(images, target=[[0, 1]] * 4).probability
+    assert torch.equal(several, expected[:, :2])
+
+
 def test_attribution_holds_what_it_says(model: nn.Module, images: Tensor) -> None:
     result = LRP(model).explain(images, layers=("blocks.1", "conv1"))
     with torch.no_grad():

@@ -36,12 +36,11 @@ from .common import (
     WeightsOption,
     app,
     check_choice,
+    check_rules,
     composite_for,
-    find_composite,
     find_device,
     make_explainer,
     override_preprocessing,
-    parse_split,
     reporting,
     shown,
     stop,
@@ -79,7 +78,7 @@ def attribute(
 ) -> None:
     """Explain pictures: for each an overlay (.png) and the raw map (.npy), a results.csv and an index.html gallery."""
     check_choice("--backend: unknown backend", backend, BACKENDS)
-    find_composite(composite), parse_split(split)
+    check_rules(composite, split)
     files = _find_files(images, output)
     loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)
     rules = composite_for(loaded, composite, split)

@@ -158,6 +158,12 @@ def find_composite(name: str) -> Composite:
         raise UsageError(f"--composite: {error}") from error
 
 
+def check_rules(composite: str, split: str | None) -> None:
+    """Refuse a mistake in ``--composite`` or ``--split`` before a network is loaded."""
+    find_composite(composite)
+    parse_split(split)
+
+
 def composite_for(loaded: LoadedModel, name: str, split: str | None) -> Composite:
     """``--composite`` and ``--split``, for pictures as the network gets them."""
     splits = parse_split(split)

@@ -47,13 +47,12 @@ from .common import (
     WeightsOption,
     app,
     check_choice,
+    check_rules,
     composite_for,
-    find_composite,
     find_device,
     find_source,
     layer_names,
     override_preprocessing,
-    parse_split,
     reporting,
     shown,
     stop,
@@ -112,7 +111,7 @@ def attribute_dataset(
     check_choice("--backend: unknown backend", backend, BACKENDS)
     check_choice("--dtype: unknown dtype", dtype, DTYPE_NAMES)
     check_choice("--engine: unknown engine", engine, ENGINES)
-    find_composite(composite), parse_split(split)
+    check_rules(composite, split)
     _check_places(source, output)
     part = WHOLE if engine == "ray" else _find_part(shard)
     places = _find_devices(device, devices)
@@ -150,13 +149,13 @@ class _Run:
         self._output = output
 
     def here(self, devices: Sequence[torch.device], part: Part, display: Display) -> Progress:
-        with _ended_by_sigterm(), _naming_the_model(self._what[0].loaded.name):
-            if len(devices) > 1:
-                return attribute_on_devices(
-                    *self._what, self._output, devices, part, on_failure=display.failure, on_batch=display.batch
-                )
-            pipeline = Pipeline(*self._what, devices[0], part)
         with _ended_by_sigterm():
+            with _naming_the_model(self._what[0].loaded.name):
+                if len(devices) > 1:
+                    return attribute_on_devices(
+                        *self._what, self._output, devices, part, on_failure=display.failure, on_batch=display.batch
+                    )
+                pipeline = Pipeline(*self._what, devices[0], part)
             return pipeline.into(self._output, on_failure=display.failure, on_batch=display.batch)
 
     def on_ray(self, address: str | None, display: Display) -> Progress:

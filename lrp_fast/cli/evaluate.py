@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -53,7 +52,7 @@ from .common import (
     shown,
     stop,
 )
-from .progress import PLAIN_SECONDS
+from .progress import PlainLines
 
 BASELINES = ("black", "mean", "blur")
 BOTH = "both"
@@ -176,26 +175,24 @@ def _run_with_progress(evaluation: Evaluation, output: Path, methods: Mapping[st
     numbers = {name: number for number, name in enumerate(methods)}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=len(methods) * count)
-        name, done, told_at = "", 0, time.monotonic()
+        name, done, lines = "", 0, PlainLines(console)
 
         def say(line: str) -> None:
             console.print(line, highlight=False, soft_wrap=True)
 
         def on_method(begun: str) -> None:
-            nonlocal name, done, told_at
-            name, done, told_at = begun, 0, time.monotonic()
+            nonlocal name, done, lines
+            name, done, lines = begun, 0, PlainLines(console)
             title = f"{numbers[name] + 1}/{len(methods)} {shown(name)}"
             bar.update(task, description=title, completed=numbers[name] * count)
             if not console.is_terminal:
                 say(title)
 
         def on_batch(pictures: int) -> None:
-            nonlocal done, told_at
+            nonlocal done
             done += pictures
             bar.update(task, completed=numbers[name] * count + done)
-            if not console.is_terminal and time.monotonic() - told_at >= PLAIN_SECONDS:
-                told_at = time.monotonic()
-                say(f"  {done}/{count}")
+            lines.tell(f"  {done}/{count}")
 
         def on_failure(failure: Failure) -> None:
             say(f"[yellow]failed:[/] {shown(failure.name)}: {shown(failure.reason)}")

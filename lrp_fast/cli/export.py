@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,7 @@ from .common import (
     reporting,
     shown,
 )
-from .progress import PLAIN_SECONDS
+from .progress import PlainLines
 
 
 @app.command()
@@ -98,14 +97,11 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
     columns = TextColumn("exporting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task, told_at = bar.add_task("exporting", total=None), time.monotonic()
+        task, lines = bar.add_task("exporting", total=None), PlainLines(console)
 
         def told(done: int, total: int) -> None:
-            nonlocal told_at
             bar.update(task, completed=done, total=total)
-            if not console.is_terminal and time.monotonic() - told_at >= PLAIN_SECONDS:
-                told_at = time.monotonic()
-                console.print(f"{done}/{total} written", highlight=False, soft_wrap=True)
+            lines.tell(f"{done}/{total} written")
 
         yield told
 

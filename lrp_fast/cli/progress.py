@@ -21,6 +21,22 @@ PLAIN_SECONDS = 10.0
 """How often progress is told in lines, where there is no terminal to redraw."""
 
 
+class PlainLines:
+    """Progress in lines, at most one every ``PLAIN_SECONDS``, where there is no terminal to redraw.
+
+    The first is told ``at_once``, or when that time has passed.
+    """
+
+    def __init__(self, console: Console, at_once: bool = False) -> None:
+        self._console = console
+        self._told_at = -PLAIN_SECONDS if at_once else time.monotonic()
+
+    def tell(self, line: str) -> None:
+        if not self._console.is_terminal and time.monotonic() - self._told_at >= PLAIN_SECONDS:
+            self._told_at = time.monotonic()
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+
 class Display:
     """Shows a run of ``total`` samples, by default what the run says: ``with Display(total, log) as display``.
 
@@ -38,7 +54,7 @@ class Display:
             TextColumn("{task.fields[told]}"),
         )
         self._bar = Bar(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._told_at = -PLAIN_SECONDS
+        self._lines = PlainLines(self._console, at_once=True)
         self._log: IO[str] | None = None
         self._open = ExitStack()
 
@@ -67,11 +83,8 @@ class Display:
         dealt_with, total = progress.done + progress.failed, self._total or progress.total
         told = f"{progress.failed} failed, {rates(progress)}"
         self._bar.update(self._task, completed=dealt_with, total=total, told=told)
-        if not self._console.is_terminal and time.monotonic() - self._told_at >= PLAIN_SECONDS:
-            self._told_at = time.monotonic()
-            left = (total - dealt_with) / progress.rate() if progress.rate() else 0.0
-            line = f"{dealt_with}/{total}, {progress.failed} failed, {left:.0f} s left, {rates(progress)}"
-            self._console.print(line, highlight=False, soft_wrap=True)
+        left = (total - dealt_with) / progress.rate() if progress.rate() else 0.0
+        self._lines.tell(f"{dealt_with}/{total}, {progress.failed} failed, {left:.0f} s left, {rates(progress)}")
         self._write("batch", **_numbers(progress))
 
     def end(self, progress: Progress) -> None:

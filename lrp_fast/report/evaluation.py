@@ -6,7 +6,6 @@ Files of the folder: ``table.csv``, ``table.json``, ``table.md``, ``curves.png``
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
-from lrp_fast.heatmap import color_scale, is_signed, overlay
+from lrp_fast.heatmap import is_signed, overlay
 
 from .figures import conservation_figure, curves_figure, id_figure, sanity_figure
-from .folder import PAGE, encode_image
+from .folder import PAGE, encode_image, write_whole
 from .gallery import Failure
 from .page import fill_template
 from .scores import (
@@ -92,17 +91,6 @@ def write_report(report: EvaluationReport, folder: Path) -> list[Row]:
     return rows
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it, so that it is never found half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with open(partial, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _figures(report: EvaluationReport, rows: Sequence[Row]) -> dict[str, bytes]:
     scores = report.scores()
     protocols = protocols_in(scores)
@@ -165,6 +153,8 @@ def _render(
     groups = groups_in(rows)
     return fill_template(
         "evaluation.html",
+        report.settings,
+        scales,
         {"breakable": _breakable},
         report=report,
         rows=rows,
@@ -172,7 +162,6 @@ def _render(
         width=max(1, sum(len(group.columns) for group in groups)),
         figures=figures,
         strips=strips,
-        scales={signed: ", ".join(color_scale(signed)) for signed in scales},
         protocols=protocols,
         first=first,
         paired=paired,

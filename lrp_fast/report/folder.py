@@ -119,7 +119,7 @@ class OutputFolder:
         if foreign:
             listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
             raise ForeignFileError(f"{self.path} holds files that lrp-fast did not write: {listed}")
-        self._replace(MANIFEST, "".join(f"{name}\n" for name in sorted(self._ours)).encode())
+        write_whole(self.path / MANIFEST, "".join(f"{name}\n" for name in sorted(self._ours)).encode(), sync=False)
         self._manifest: TextIO = open(self.path / MANIFEST, "a", encoding="utf-8")
         self._table = self._open_table()
         self._writer = csv.writer(self._table)
@@ -143,7 +143,7 @@ class OutputFolder:
         if name not in self._planned:
             raise ValueError(f"{name!r} is not among the files planned for {self.path}")
         self._own(name)
-        self._replace(name, content)
+        write_whole(self.path / name, content, sync=False)
         return name
 
     def _read_manifest(self) -> set[str]:
@@ -164,12 +164,17 @@ class OutputFolder:
         (self.path / TABLE).unlink(missing_ok=True)
         return open(self.path / TABLE, "x", newline="", encoding="utf-8")
 
-    def _replace(self, name: str, content: bytes) -> None:
-        partial = self.path / f".{name}.partial"
-        partial.unlink(missing_ok=True)
-        with open(partial, "xb") as file:
-            file.write(content)
-        os.replace(partial, self.path / name)
+
+def write_whole(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a file beside its place and rename it, so that it is never found half-written; ``sync``: not after a crash."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def encode_image(image: Image.Image, kind: str, quality: int = 92) -> bytes:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lrp_fast.heatmap import color_scale
-
 from .page import fill_template
 
 
@@ -58,8 +56,8 @@ class Gallery:
 
 def render_gallery(gallery: Gallery) -> str:
     """The page as HTML text; it explains each colour scale that its cards use."""
-    scales = {signed: ", ".join(color_scale(signed)) for signed in sorted({card.signed for card in gallery.cards})}
-    return fill_template("gallery.html", {"percent": percent}, gallery=gallery, scales=scales)
+    signs = (card.signed for card in gallery.cards)
+    return fill_template("gallery.html", gallery.settings, signs, {"percent": percent}, gallery=gallery)
 
 
 def percent(share: float) -> str:

@@ -149,8 +149,7 @@ class Run:
             result = self.explainer.explain(inputs, target=self.options.target, relevance=False)
         except ValueError as error:
             raise RunError(f"{self.loaded.name}, pictures of {list(inputs.shape[1:])}: {error}") from error
-        probabilities = result.output.double().softmax(1)
-        chosen = probabilities.gather(1, result.target[:, None])[:, 0].tolist()
+        chosen = result.probability.tolist()
         predicted, leaks, targets = result.output.argmax(1).tolist(), result.leak.tolist(), result.target.tolist()
         heatmaps = result.heatmap.detach().float().cpu()
         return [_Explained(*one) for one in zip(heatmaps, targets, predicted, chosen, leaks, strict=True)]
