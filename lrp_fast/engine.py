@@ -69,6 +69,11 @@ class Program:
             self.operations.append(_bind(plan, index, assignment, linears, shapes, like))
         self.layers = [step.layer.resolved(shapes) for step in plan.steps]
         self.units = _units(plan, self.operations, observed)
+        for unit in self.units:
+            operation = self.operations[unit.step]
+            if isinstance(operation, LinearOperation):
+                shape = shapes[plan.steps[unit.step].inputs[0]]
+                self.operations[unit.step] = operation.placed(shape, shapes[unit.step], unit.relu, serve is None)
         self.position = {}
         for place, unit in enumerate(self.units):
             self.position[unit.step] = place
@@ -146,8 +151,7 @@ class Program:
     ) -> tuple[Tensor, object]:  # fmt: skip
         operation, layer = self.operations[unit.step], self.layers[unit.step]
         if isinstance(operation, LinearOperation):
-            value, z, output = operation.forward(sources[0])
-            value = value.relu() if unit.relu else value
+            value, z, output = operation.forward(sources[0], unit.relu)
             if unit.numerator == "weight":
                 pending[place] = (z, output)
                 return value, None
@@ -163,7 +167,7 @@ class Program:
             kept = [
                 None if self.units[i].numerator == "weight" else w for i, w in zip(unit.inputs, stored, strict=True)
             ]
-            return value.relu() if unit.relu else value, kept
+            return value.relu_() if unit.relu else value, kept
         if isinstance(operation, (ProportionalPool, WinnerPool)):
             return operation.forward(sources[0])
         value = channels_last(inputs.to(self.dtype)) if isinstance(layer, Input) else layer.forward(sources, {})

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -422,8 +423,20 @@ class _Runner:
         self.forward: Callable[..., Any] = program.forward
         self.backward: Callable[..., Any] = program.backward
         if compile_passes:
-            self.forward = torch.compile(program.forward, dynamic=False)
-            self.backward = torch.compile(program.backward, dynamic=False)
+            self.forward = _compiled(program, Program.forward, "inputs")
+            self.backward = _compiled(program, Program.backward, "start")
+
+
+def _compiled(program: Program, function: Any, argument: str) -> Callable[..., Any]:
+    """A method of a program, compiled for it alone; ``argument``: what may differ from call to call in shape or strides.
+
+    All else is bound: to guard it again at every call takes torch longer than the arithmetic of a small picture. What is
+    compiled belongs to a code object, so each program has its own.
+    """
+    code = function.__code__.replace()
+    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    only: Any = {"guard_filter_fn": lambda guards: [guard.name == argument for guard in guards]}
+    return torch.compile(MethodType(own, program), dynamic=False, options=only)
 
 
 class _Recorded(_Runner):

@@ -35,8 +35,8 @@ class Split:
 
 
 def _ratio(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    magnitude = residual.abs() + _TINY
-    weight = magnitude / (skip.abs() + _TINY + magnitude)
+    magnitude = residual.abs().add_(_TINY)
+    weight = magnitude.div_(skip.abs().add_(_TINY).add_(magnitude))
     return weight, 1 - weight
 
 

@@ -16,12 +16,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrp_fast.backends.packed import PackedConvolution, pack_forward, pack_transposed, packs
 from lrp_fast.backends.passes import times, times_plus
 from lrp_fast.composites import PoolRule
 from lrp_fast.layers import (
@@ -118,7 +120,7 @@ class LinearOperation:
 
     ``factored``: its message to its input is ``(acc, …)``, to be multiplied by the input; otherwise it is dense.
     ``sums_channels``: the channel sum of its message can be had at once, for the heatmap alone. ``live``: None, or zero
-    where the input is zero by structure and one elsewhere (1 × …).
+    where the input is zero by structure and one elsewhere (1 × …). ``packed``: its maps on a CPU, for one input shape.
     """
 
     def __init__(
@@ -133,16 +135,19 @@ class LinearOperation:
     ) -> None:
         self.layer, self.rule, self.dtype = layer, rule, dtype
         self.guard = rule.stabilizer if isinstance(rule.stabilizer, ZeroGuard) else None
-        wide = {path: value.double() for path, value in _of_layer(layer, parameters).items()}
-        self.own_weights = layer.folded(wide)
-        self.rule_weights = self.own_weights if fold else layer.raw(wide)
+        self._parameters = _of_layer(layer, parameters)
+        weight = parameters[layer.weight]
+        self.weight_shape, self.device = tuple(weight.shape), weight.device
         self.shared = fold or layer.norm is None
-        self.may_vanish = any(group.bias is not None for group in rule.groups) and self.rule_weights[1] is not None
+        self._biased = layer.bias is not None or (fold and layer.norm is not None)
+        self.may_vanish = any(group.bias is not None for group in rule.groups) and self._biased
         self._check_bounds(name)
         bounds = {
             part: value for part in ("low", "high") if (value := dict(self.rule.parameters).get(part)) is not None
         }
-        self.bounds = {part: self.own_weights[0].new_tensor(value, dtype=dtype) for part, value in bounds.items()}
+        self.bounds = {
+            part: torch.tensor(value, dtype=dtype, device=self.device).reshape(-1) for part, value in bounds.items()
+        }
         self.groups = [self._terms(index, nonnegative) for index in range(len(rule.groups))]
         self.masked = any(group.mask for group in rule.groups)
         self.own = self._whole(own=True)
@@ -150,11 +155,14 @@ class LinearOperation:
         self.axis = 1 if isinstance(layer, Convolution) else -1
         self.inputs = sorted({term.input for terms in self.groups for term, _ in terms})
         self.factored = self.inputs == ["x"]
-        grouped = isinstance(layer, Convolution) and layer.groups > 1
-        self.sums_channels = self.inputs == ["one"] and isinstance(layer, Convolution) and not grouped
-        self._pack_forward()
-        self._pack_backward()
+        self.grouped = isinstance(layer, Convolution) and layer.groups > 1
+        self.sums_channels = self.inputs == ["one"] and isinstance(layer, Convolution) and not self.grouped
+        self.recipes = self._recipes()
+        self.evaluated = dict.fromkeys(term for recipe in self.recipes.values() for _, term in recipe)
+        self.sent = {part: self._sent(part) for part in self.inputs}
+        self.flat = [part for part in self.inputs if all(term.weight == "ones" for _, term, _ in self.sent[part])]
         self.live: Tensor | None = None
+        self.packed: PackedMaps | None = None
         self._constants: dict[Shape, dict[Term, Tensor]] = {}
 
     def without(self, zeros: Tensor) -> LinearOperation:
@@ -166,9 +174,24 @@ class LinearOperation:
         bound._constants = {}
         return bound
 
+    def placed(self, shape: Shape, outputs: Shape, relu: bool, pack: bool) -> LinearOperation:
+        """This operation with all ready that can be made before inputs of ``shape`` come.
+
+        ``relu``: one follows it; ``pack``: where weights can be packed, they are.
+        """
+        placed = self
+        if pack and isinstance(self.layer, Convolution) and packs(self.layer, self.device, self.dtype):
+            placed = copy.copy(self)
+            placed.packed = PackedMaps.of(self, shape, outputs, relu)
+        else:
+            _ = self.stacks, self.transposes, self.summed
+        _ = placed.window
+        for part in {term.input for term in self.evaluated} & {"one", "low", "high"}:
+            placed._constant(torch.zeros(1, *shape[1:], dtype=self.dtype, device=self.device), part)
+        return placed
+
     def _check_bounds(self, name: str) -> None:
-        weight = self.rule_weights[0]
-        channels = weight.shape[1] * (self.layer.groups if isinstance(self.layer, Convolution) else 1)
+        channels = self.weight_shape[1] * (self.layer.groups if isinstance(self.layer, Convolution) else 1)
         for bound in ("low", "high"):
             values = dict(self.rule.parameters).get(bound, ())
             if isinstance(values, tuple) and len(values) not in (0, 1, channels):
@@ -177,9 +200,11 @@ class LinearOperation:
                     f"{channels} input channels; give one value, or one for each channel: ZBox(low=..., high=...)"
                 )
 
+    # Terms and their weights.
+
     def _terms(self, index: int, nonnegative: bool) -> list[tuple[Term, float]]:
         group = self.rule.groups[index]
-        bias = group.bias if self.rule_weights[1] is not None else None
+        bias = group.bias if self._biased else None
         terms = []
         for product in group.products:
             if nonnegative and product.input == "x-":
@@ -190,16 +215,14 @@ class LinearOperation:
         return terms
 
     def _whole(self, own: bool) -> Term:
-        weights = self.own_weights if own else self.rule_weights
-        return Term("x", own, WHOLE, None if weights[1] is None else WHOLE)
+        biased = self._biased or (own and self.layer.norm is not None)
+        return Term("x", own, WHOLE, WHOLE if biased else None)
 
-    # Forward.
-
-    def _pack_forward(self) -> None:
-        """Decide which affine maps are evaluated, and stack their weights for each input part."""
+    def _recipes(self) -> dict[Term, tuple[tuple[float, Term], ...]]:
+        """How each affine map that is wanted is summed from those that are evaluated."""
         wanted = [self.own, *(term for terms in self.groups for term, _ in terms)]
         wanted += [self.output] if self.masked else []
-        self.recipes: dict[Term, tuple[tuple[float, Term], ...]] = {}
+        recipes: dict[Term, tuple[tuple[float, Term], ...]] = {}
         for term in dict.fromkeys(wanted):
             relatives = {t.weight for t in wanted if (t.input, t.own) == (term.input, term.own)}
             whole_maps = all(t.bias in (t.weight, None) for t in wanted if (t.input, t.own) == (term.input, term.own))
@@ -209,49 +232,99 @@ class LinearOperation:
                 whole = Term(term.input, term.own, WHOLE, WHOLE if term.bias is not None else None)
                 plus = Term(term.input, term.own, POSITIVE, POSITIVE if term.bias is not None else None)
                 factors = ((term.weight.negative, whole), (term.weight.positive - term.weight.negative, plus))
-                self.recipes[term] = tuple((factor, basis) for factor, basis in factors if factor)
+                recipes[term] = tuple((factor, basis) for factor, basis in factors if factor)
             else:
-                self.recipes[term] = ((1.0, term),)
-        evaluated = dict.fromkeys(term for recipe in self.recipes.values() for _, term in recipe)
-        self.stacks: dict[InputPart, list[tuple[list[Term], Tensor, Tensor | None]]] = {}
-        for part in dict.fromkeys(term.input for term in evaluated):
-            terms = [term for term in evaluated if term.input == part]
-            grouped = isinstance(self.layer, Convolution) and self.layer.groups > 1
+                recipes[term] = ((1.0, term),)
+        return recipes
+
+    def _sent(self, part: InputPart) -> list[tuple[int, Term, float]]:
+        """What sends relevance to a part of the input: the group, its term and the coefficient of both."""
+        return [
+            (index, term, group.coefficient * coefficient)
+            for index, (group, terms) in enumerate(zip(self.rule.groups, self.groups, strict=True))
+            for term, coefficient in terms
+            if term.input == part
+        ]
+
+    def weights(self, own: bool) -> tuple[Tensor, Tensor | None]:
+        """The layer's own weight and bias, with its batch norm, or those that the rule looks at; float64."""
+        wide = {path: value.double() for path, value in self._parameters.items()}
+        return self.layer.folded(wide) if own or self.shared else self.layer.raw(wide)
+
+    def affine(self, term: Term) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias of a term, float64."""
+        weight, bias = self.weights(term.own)
+        bias = None if bias is None or term.bias is None else part_of(bias, term.bias)
+        return part_of(weight, term.weight), bias
+
+    def returned(self, part: InputPart) -> list[Tensor]:
+        """The weights of each entry of ``sent``, with its coefficient; float64."""
+        return [part_of(self.weights(term.own)[0], term.weight) * factor for _, term, factor in self.sent[part]]
+
+    @cached_property
+    def stacks(self) -> dict[InputPart, list[tuple[list[Term], Tensor, Tensor | None]]]:
+        """The affine maps of each input part, in batches with stacked weight and bias."""
+        stacks: dict[InputPart, list[tuple[list[Term], Tensor, Tensor | None]]] = {}
+        for part in dict.fromkeys(term.input for term in self.evaluated):
+            terms = [term for term in self.evaluated if term.input == part]
             # Stacked outputs of a grouped convolution would lie interleaved.
-            batches = [[term] for term in terms] if grouped or part != "x" else [terms]
-            self.stacks[part] = [(batch, *self._stack(batch)) for batch in batches]
+            batches = [[term] for term in terms] if self.grouped or part != "x" else [terms]
+            stacks[part] = [(batch, *self._stack(batch)) for batch in batches]
+        return stacks
 
     def _stack(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor | None]:
-        weights = [part_of(self._weights(term)[0], term.weight) for term in terms]
-        biases = [self._bias(term) for term in terms]
+        weights, biases = zip(*map(self.affine, terms), strict=True)
         bias = None
         if any(b is not None for b in biases):
             rows = [w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
             bias = torch.cat(rows).to(self.dtype)
         return channels_last(torch.cat(weights).to(self.dtype)), bias
 
-    def _weights(self, term: Term) -> tuple[Tensor, Tensor | None]:
-        return self.own_weights if term.own else self.rule_weights
+    @cached_property
+    def transposes(self) -> dict[InputPart, list[Tensor]]:
+        """For each input part the weights that send relevance to it, all groups stacked: one transposed map."""
+        found: dict[InputPart, list[Tensor]] = {}
+        for part in self.inputs:
+            weights = [] if part in self.flat else self.returned(part)
+            stacked = weights if self.grouped or not weights else [torch.cat(weights)]
+            found[part] = [channels_last(weight.to(self.dtype)) for weight in stacked]
+        return found
 
-    def _bias(self, term: Term) -> Tensor | None:
-        bias = self._weights(term)[1]
-        return None if bias is None or term.bias is None else part_of(bias, term.bias)
+    @cached_property
+    def window(self) -> Tensor:
+        """All-one weights from one channel to one, for each group."""
+        groups = self.layer.groups if isinstance(self.layer, Convolution) else 1
+        return torch.ones(groups, 1, *self.weight_shape[2:], dtype=self.dtype, device=self.device)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
-        """The layer's own output, the denominators z of its groups, and the output that masks look at."""
+    @cached_property
+    def summed(self) -> Tensor | None:
+        """The stacked weights of ``transposes`` summed over input channels, for the heatmap alone."""
+        if not self.sums_channels or "one" in self.flat:
+            return None
+        return channels_last(torch.cat(self.returned("one")).sum(1, keepdim=True).to(self.dtype))
+
+    # Forward.
+
+    def forward(self, x: Tensor, relu: bool = False) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """The layer's own output (``relu`` of it if so), the z of its groups, and the output that masks look at."""
         x = x.to(self.dtype)
         found: dict[Term, Tensor] = {}
-        for part, stacks in self.stacks.items():
+        for part in dict.fromkeys(term.input for term in self.evaluated):
             if part in ("one", "low", "high"):
                 found |= self._constant(x, part)
                 continue
             source = x if part == "x" else x.clamp(min=0) if part == "x+" else x.clamp(max=0)
-            for terms, weight, bias in stacks:
+            if self.packed is not None:
+                found |= {term: apply(source) for term, apply in self.packed.forward.items() if term.input == part}
+                continue
+            for terms, weight, bias in self.stacks[part]:
                 y = self.layer.apply(source, weight, bias)
                 found |= zip(terms, y.chunk(len(terms), self.axis), strict=True)
         z = [_combine([(c, self._evaluate(term, found)) for term, c in terms]) for terms in self.groups]
         output = self._evaluate(self.output, found) if self.masked else None
-        return self._evaluate(self.own, found), z, output
+        own = self._evaluate(self.own, found)
+        rectified = self.packed is not None and self.packed.relu
+        return own.relu() if relu and not rectified else own, z, output
 
     def _evaluate(self, term: Term, found: dict[Term, Tensor]) -> Tensor:
         return _combine([(factor, found[basis]) for factor, basis in self.recipes[term]])
@@ -261,8 +334,9 @@ class LinearOperation:
         known = self._constants.setdefault(tuple(x.shape[1:]), {})
         if not any(term.input == part for term in known):
             source = self.constant_input(part, x[:1])
-            for terms, weight, bias in self.stacks[part]:
-                known[terms[0]] = self.layer.apply(source, weight, bias)
+            for term in self.evaluated:
+                if term.input == part:
+                    known[term] = self.layer.apply(source, *self._stack([term]))
         return {term: z for term, z in known.items() if term.input == part}
 
     def constant_input(self, part: InputPart, like: Tensor) -> Tensor:
@@ -274,6 +348,8 @@ class LinearOperation:
     def gates(self, z: Sequence[Tensor], output: Tensor | None, numerator: Tensor | float) -> Gates:
         """The gates of all groups: ``numerator · mask / stab(z)``, computed in float32, stored in the compute dtype."""
         wide = accumulation_dtype(self.dtype)
+        if self.packed is not None and self.packed.stabilized:
+            return Gates(tuple(quotient(numerator, z_g) for z_g in z))
         above = numerator.to(wide) if isinstance(numerator, Tensor) else numerator
         if self.guard is not None:
             alive, dead = guarded(z[0].to(wide), self.guard, above)
@@ -289,30 +365,6 @@ class LinearOperation:
         return Gates(tuple(gates))
 
     # Backward.
-
-    def _pack_backward(self) -> None:
-        """For each input part, the weights of all groups stacked with their coefficients: one transposed map."""
-        self.transposes: dict[InputPart, tuple[tuple[int, ...], list[Tensor]]] = {}
-        for part in self.inputs:
-            chosen, weights = [], []
-            for index, (group, terms) in enumerate(zip(self.rule.groups, self.groups, strict=True)):
-                for term, coefficient in terms:
-                    if term.input == part:
-                        chosen.append(index)
-                        weight = part_of(self._weights(term)[0], term.weight)
-                        weights.append(weight * (group.coefficient * coefficient))
-            flat = all(term.weight == "ones" for terms in self.groups for term, _ in terms)
-            self.transposes[part] = (tuple(chosen), [] if flat else [channels_last(w.to(self.dtype)) for w in weights])
-            if not flat and not (isinstance(self.layer, Convolution) and self.layer.groups > 1):
-                self.transposes[part] = (tuple(chosen), [channels_last(torch.cat(weights).to(self.dtype))])
-        weight = self.rule_weights[0]
-        self.window = None
-        if self.guard is not None or any(not packed for _, packed in self.transposes.values()):
-            groups = self.layer.groups if isinstance(self.layer, Convolution) else 1
-            self.window = torch.ones(groups, 1, *weight.shape[2:], dtype=self.dtype, device=weight.device)
-        self.summed: Tensor | None = None
-        if self.sums_channels and self.transposes["one"][1]:
-            self.summed = channels_last(torch.cat([w.sum(1, keepdim=True) for w in self.transposes["one"][1]]))
 
     def backward(
         self, relevance: Tensor, gates: Gates, x: Tensor | None, shape: Shape, heatmap: bool = False
@@ -331,9 +383,8 @@ class LinearOperation:
         """The message, from ``s = R · gate`` of every group and what a zero-guard spreads evenly."""
         acc: Tensor | None = None
         dense: Tensor | None = None
-        for part, (groups, weights) in self.transposes.items():
-            chosen = [s[index] for index in groups]
-            share = self._transpose(chosen, weights, shape, heatmap)
+        for part, sent in self.sent.items():
+            share = self._transpose(part, [s[index] for index, _, _ in sent], shape, heatmap)
             if part == "x":
                 acc = share
             else:
@@ -354,15 +405,21 @@ class LinearOperation:
         assert x is not None
         return x.clamp(min=0) if part == "x+" else x.clamp(max=0)
 
-    def _transpose(self, s: list[Tensor], weights: list[Tensor], shape: Shape, heatmap: bool) -> Tensor:
-        if not weights:  # the flat rule: every weight is one
+    def _transpose(self, part: InputPart, s: list[Tensor], shape: Shape, heatmap: bool) -> Tensor:
+        if part in self.flat:
             return self._box(torch.stack(s).sum(0) if len(s) > 1 else s[0], shape, heatmap)
-        if heatmap:
-            assert self.summed is not None
-            weights, shape = [self.summed], (1, *shape[1:])
-        if len(weights) == 1:
-            return self._map_back(torch.cat(s, self.axis) if len(s) > 1 else s[0], weights[0], shape)
-        return torch.stack([self._map_back(a, w, shape) for a, w in zip(s, weights, strict=True)]).sum(0)
+        if not self.grouped:
+            s = [torch.cat(s, self.axis)] if len(s) > 1 else s
+        if self.packed is not None:
+            back = [self.packed.heatmap] if heatmap and self.packed.heatmap else self.packed.back[part]
+            shares = [apply(a) for a, apply in zip(s, back, strict=True)]
+        else:
+            weights, size = self.transposes[part], shape
+            if heatmap:
+                assert self.summed is not None
+                weights, size = [self.summed], (1, *shape[1:])
+            shares = [self._map_back(a, w, size) for a, w in zip(s, weights, strict=True)]
+        return shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
 
     def _map_back(self, s: Tensor, weight: Tensor, shape: Shape) -> Tensor:
         if isinstance(self.layer, Dense):
@@ -382,7 +439,6 @@ class LinearOperation:
 
     def _members(self, shape: Shape) -> Tensor:
         """How many valid inputs each window has, 1 × groups × …."""
-        assert self.window is not None
         layer, groups = self.layer, self.window.shape[0]
         assert isinstance(layer, Convolution)
         if self.live is None:
@@ -396,7 +452,6 @@ class LinearOperation:
         """The transposed map of all-one weights: one channel for each group, repeated."""
         if isinstance(self.layer, Dense):
             return s.sum(-1, keepdim=True).expand(*s.shape[:-1], shape[-1])
-        assert self.window is not None
         layer = self.layer
         assert isinstance(layer, Convolution)
         groups = self.window.shape[0]
@@ -407,6 +462,66 @@ class LinearOperation:
         if heatmap:
             return box.sum(1, keepdim=True) * channels
         return box.repeat_interleave(channels, 1) if groups > 1 else box.expand(-1, channels, *box.shape[2:])
+
+
+@dataclass(frozen=True)
+class PackedMaps:
+    """The maps of an operation on a CPU, weights packed for one input shape: each term forward, each input part back.
+
+    ``heatmap``: back to the channel sum. ``relu``: the layer's own output comes rectified. ``stabilized``: its
+    denominators come with their ε, which went into the bias, each in a tensor of its own.
+    """
+
+    forward: dict[Term, PackedConvolution]
+    back: dict[InputPart, list[Callable[[Tensor], Tensor]]]
+    heatmap: Callable[[Tensor], Tensor] | None
+    relu: bool
+    stabilized: bool
+
+    @staticmethod
+    def of(operation: LinearOperation, shape: Shape, outputs: Shape, relu: bool) -> PackedMaps:
+        """Pack an operation for inputs of ``shape`` (N, C, H, W) and ``outputs`` (N, M, Ho, Wo)."""
+        layer, dtype = operation.layer, operation.dtype
+        assert isinstance(layer, Convolution)
+        own, stabilizer = operation.own, operation.rule.stabilizer
+        bases = [basis for term, recipe in operation.recipes.items() if term != own for _, basis in recipe]
+        wanted = [term for terms in operation.groups for term, _ in terms]
+        alone = own not in (*bases, *wanted) and not operation.masked
+        # One product to a group, read as it is and by nobody else: then its ε can be part of its bias.
+        plain = all(len(terms) == 1 and terms[0][1] == 1.0 for terms in operation.groups)
+        plain = plain and bases == wanted and len(set(wanted)) == len(wanted)
+        stabilized = (
+            alone and plain and not operation.may_vanish and all(term.input in ("x", "x+", "x-") for term in wanted)
+            and isinstance(stabilizer, Stabilizer) and not stabilizer.signed
+        )  # fmt: skip
+        forward = {}
+        for term in operation.evaluated:
+            if term.input in ("one", "low", "high"):
+                continue
+            weight, bias = operation.affine(term)
+            if stabilized and term != own:
+                assert isinstance(stabilizer, Stabilizer)
+                bias = (weight.new_zeros(weight.shape[0]) if bias is None else bias) + stabilizer.epsilon
+            bias = None if bias is None else bias.to(dtype)
+            forward[term] = pack_forward(layer, weight.to(dtype), bias, shape, relu and alone and term == own)
+        back = {}
+        for part in operation.inputs:
+            weights = [] if part in operation.flat else operation.returned(part)
+            stacked = weights if operation.grouped or not weights else [torch.cat(weights)]
+            sent = [(outputs[0], weight.shape[0], *outputs[2:]) for weight in stacked]
+            pairs = zip(stacked, sent, strict=True)
+            back[part] = [pack_transposed(layer, weight.to(dtype), shape, size) for weight, size in pairs]
+        heatmap = None
+        if operation.summed is not None:
+            sums = operation.summed
+            heatmap = pack_transposed(layer, sums, (shape[0], 1, *shape[2:]), (outputs[0], sums.shape[0], *outputs[2:]))
+        return PackedMaps(forward, back, heatmap, relu and alone, stabilized)
+
+
+def quotient(numerator: Tensor | float, z: Tensor) -> Tensor:
+    """``numerator / z``, in the memory of z."""
+    above = numerator if isinstance(numerator, Tensor) else torch.tensor(numerator, dtype=z.dtype)
+    return torch.div(above, z, out=z)
 
 
 def _of_layer(layer: Linear, parameters: Parameters) -> dict[str, Tensor]:

@@ -137,8 +137,7 @@ def task_of(
     """The task of each direction of a layer."""
     layer = operation.layer
     assert isinstance(layer, Convolution)
-    weight = operation.own_weights[0]
-    size = (*weight.shape[2:], *layer.stride, *layer.padding, *layer.dilation)
+    size = (*operation.weight_shape[2:], *layer.stride, *layer.padding, *layer.dilation)
     kernel: Literal["pointwise", "spatial"] = "pointwise" if is_pointwise(layer, operation) else "spatial"
     dtype = str(operation.dtype).removeprefix("torch.")
 

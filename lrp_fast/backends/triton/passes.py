@@ -167,7 +167,7 @@ class StemLinear(SettledLinear):
         assert isinstance(layer, Convolution)
         assert isinstance(stabilizer, Stabilizer)
         ((_, self.weight, self.bias),) = operation.stacks["x"]
-        _, (z,), _ = operation.forward(self.weight.new_zeros(1, *x_shape))
+        _, (z,), _ = operation.forward(self.weight.new_zeros(1, *x_shape), False)
         self.fixed = pack(z)[0]  # H × W × C
         denominators = Denominators("own", stabilizer.epsilon, stabilizer_form(operation))
         self.gate = configuration(denominators=denominators, relu=relu, over_value=over_value)
@@ -227,7 +227,7 @@ def _pack(operation: LinearOperation, denominators: Denominators) -> Weights:
     layer, stacks = operation.layer, operation.stacks["x"]
     assert isinstance(layer, Convolution)
     # The kernels sum W⁺ and W⁻ in float32, where the torch backend evaluates W beside them.
-    skipped = operation.own_weights[0].shape[0] if denominators.kind == "signs" else 0
+    skipped = operation.weight_shape[0] if denominators.kind == "signs" else 0
     bias = None
     if any(found is not None for _, _, found in stacks):
         biases = [w.new_zeros(w.shape[0]) if found is None else found for _, w, found in stacks]
@@ -238,7 +238,7 @@ def _pack(operation: LinearOperation, denominators: Denominators) -> Weights:
         # One convolution serves both stacks if the outputs of a group lie side by side.
         beside = weight.unflatten(0, (denominators.stacks, layer.groups, -1)).transpose(0, 1)
         library = beside.flatten(0, 2).contiguous(memory_format=torch.channels_last)
-    transposed = torch.cat(operation.transposes["x"][1])
+    transposed = torch.cat(operation.transposes["x"])
     if is_pointwise(layer, operation):
         forward, backward = weight.flatten(1).contiguous(), transposed.flatten(1).t().contiguous()
     else:
@@ -291,7 +291,7 @@ class FusedLinear(TritonPasses):
             backward |= {**self.geometry, "height": height, "width": width}
         self.backward = configuration(**backward)
         self.maximum = configuration(denominators=self.denominators)
-        kernel = self.operation.own_weights[0].shape[2:]
+        kernel = self.operation.weight_shape[2:]
         window = {"kernel": tuple(kernel), "stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         self.spread = configuration(**window, height=height, width=width, channels=channels)
 
@@ -361,7 +361,7 @@ class FusedLinear(TritonPasses):
 
 def is_pointwise(layer: Convolution, operation: LinearOperation) -> bool:
     """A 1×1 convolution without padding or groups: a matrix product."""
-    kernel = operation.own_weights[0].shape[2:]
+    kernel = operation.weight_shape[2:]
     square = len(set(layer.stride)) == 1
     return tuple(kernel) == (1, 1) and layer.groups == 1 and not any(layer.padding) and square
 

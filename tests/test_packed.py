@@ -1,0 +1,110 @@
+"""Packed convolutions and their transposes against the library's own, over every geometry."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrp_fast import LRP
+from lrp_fast.backends.packed import PackedConvolution, pack_forward, pack_transposed, packs
+from lrp_fast.backends.torch import LinearOperation, transposed_convolution
+from lrp_fast.layers import Convolution
+from networks import CifarResNet, calibrated
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN, which packs the weights"
+)
+
+GEOMETRIES = {  # inputs, outputs, groups, kernel, stride, padding, dilation, height, width
+    "3 x 3": (5, 7, 1, (3, 3), (1, 1), (1, 1), (1, 1), 9, 11),
+    "3 x 3, no padding": (8, 16, 1, (3, 3), (1, 1), (0, 0), (1, 1), 9, 11),
+    "1 x 1": (6, 20, 1, (1, 1), (1, 1), (0, 0), (1, 1), 7, 5),
+    "1 x 1, more padding than kernel": (6, 4, 1, (1, 1), (1, 1), (2, 1), (1, 1), 7, 5),
+    "projection": (12, 20, 1, (1, 1), (2, 2), (0, 0), (1, 1), 9, 8),
+    "projection, one axis": (12, 20, 1, (1, 1), (2, 1), (0, 0), (1, 1), 9, 8),
+    "3 x 3, stride 2": (9, 6, 1, (3, 3), (2, 2), (1, 1), (1, 1), 12, 11),
+    "3 x 3, stride 2, groups": (8, 12, 4, (3, 3), (2, 2), (1, 1), (1, 1), 12, 11),
+    "groups": (8, 12, 4, (3, 3), (1, 1), (1, 1), (1, 1), 12, 11),
+    "depthwise": (6, 12, 6, (3, 3), (1, 1), (1, 1), (1, 1), 8, 9),
+    "dilation": (4, 6, 1, (3, 3), (1, 1), (2, 2), (2, 2), 10, 9),
+    "dilation and stride": (4, 6, 1, (3, 3), (2, 2), (2, 2), (2, 2), 11, 10),
+    "stem": (3, 16, 1, (7, 7), (2, 2), (3, 3), (1, 1), 21, 24),
+    "stem of stride 4": (3, 8, 1, (11, 11), (4, 4), (2, 2), (1, 1), 35, 35),
+    "patches": (3, 8, 1, (4, 4), (4, 4), (0, 0), (1, 1), 16, 12),
+    "pixels no window sees": (1, 8, 1, (5, 3), (3, 3), (0, 1), (1, 1), 20, 18),
+    "grey, kernel below stride": (1, 8, 1, (2, 2), (3, 3), (0, 0), (1, 1), 14, 12),
+    "uneven kernel": (2, 5, 1, (1, 7), (1, 1), (0, 3), (1, 1), 9, 10),
+}
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("name", list(GEOMETRIES))
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_maps_are_the_library_s(name: str, precision: torch.dtype) -> None:
+    inputs, outputs, groups, kernel, stride, padding, dilation, height, width = GEOMETRIES[name]
+    layer = Convolution("weight", None, None, stride, padding, dilation, groups)
+    if not packs(layer, torch.device("cpu"), precision):
+        pytest.skip("this processor's oneDNN has no bfloat16")
+    bound = 1e-6 if precision == torch.float32 else 1e-2
+    x = torch.randn(random.randint(1, 3), inputs, height, width).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(outputs, inputs // groups, *kernel), torch.randn(outputs)
+    x, weight, bias = (value.to(precision) for value in (x, weight, bias))
+    y = layer.apply(x.double(), weight.double(), bias.double())
+    for relu in (False, True):
+        got = pack_forward(layer, weight, bias, tuple(x.shape), relu)(x)
+        assert got.dtype == precision
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(got, y.relu() if relu else y) <= bound
+    s = torch.randn(y.shape).to(precision).contiguous(memory_format=torch.channels_last)
+    expected = transposed_convolution(s.double(), weight.double(), layer, tuple(x.shape[1:]), groups)
+    back = pack_transposed(layer, weight, tuple(x.shape), tuple(y.shape))
+    assert back(s).shape == x.shape
+    assert relative_error(back(s), expected) <= bound
+    twice = torch.cat([s, -2 * s])  # two maps of each image
+    assert relative_error(back(twice), torch.cat([expected, -2 * expected])) <= bound
+
+
+def test_compiled_maps_are_the_same() -> None:
+    layer = Convolution("weight", None, None, (2, 2), (1, 1), (1, 1), 1)
+    x = torch.randn(2, 6, 9, 10).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(4, 6, 3, 3)
+    onward = pack_forward(layer, weight, None, (2, 6, 9, 10), True)
+    back = pack_transposed(layer, weight, (2, 6, 9, 10), (2, 4, 5, 5))
+
+    def both(x: Tensor) -> Tensor:
+        return back(onward(x) * 2) + 1
+
+    with torch.no_grad():
+        got = torch.compile(both, fullgraph=True)(x)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(got, both(x)) <= 1e-6
+
+
+def test_what_is_packed() -> None:
+    cpu = torch.device("cpu")
+    flat = Convolution("weight", None, None, (1, 1), (0, 0), (1, 1), 1)
+    assert packs(flat, cpu, torch.float32)
+    assert not packs(flat, cpu, torch.float64)
+    assert not packs(flat, torch.device("cuda"), torch.float32)
+    assert not packs(Convolution("weight", None, None, (1,), (0,), (1,), 1), cpu, torch.float32)
+
+
+def test_explanations_run_on_packed_weights() -> None:
+    """What the other tests of explanations on a CPU check is this."""
+    explainer = LRP(calibrated(CifarResNet(), 0))
+    explainer.explain(torch.randn(2, 3, 16, 16))
+    (runner,) = explainer._programs.values()
+    linears = [operation for operation in runner.program.operations if isinstance(operation, LinearOperation)]
+    convolutions = [operation for operation in linears if isinstance(operation.layer, Convolution)]
+    for operation in convolutions:
+        assert operation.packed is not None
+        assert all(isinstance(apply, PackedConvolution) for apply in operation.packed.forward.values())
+        assert "stacks" not in operation.__dict__  # nothing is kept twice
+    body = [operation for operation in convolutions if operation.factored]
+    assert all(operation.packed is not None and operation.packed.stabilized for operation in body)
