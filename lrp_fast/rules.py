@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -49,6 +52,13 @@ class Stabilizer:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"a stabilizer needs a finite epsilon above zero, got {self.epsilon!r}")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``stab(z)``, in z's dtype."""
+        if not self.signed:
+            return z + self.epsilon
+        ends = [torch.full((), end, dtype=z.dtype, device=z.device) for end in (-self.epsilon, self.epsilon)]
+        return z + torch.where(z < 0, ends[0], ends[1])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lrp_fast.rules import Stabilizer
@@ -41,9 +40,8 @@ def _ratio(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _signed(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    total = residual + skip
-    denominator = torch.where(total < 0, total - SIGNED_STABILIZER.epsilon, total + SIGNED_STABILIZER.epsilon)
-    return residual / denominator, skip / denominator
+    total = SIGNED_STABILIZER(residual + skip)
+    return residual / total, skip / total
 
 
 SIGNED_STABILIZER = Stabilizer(1e-6)

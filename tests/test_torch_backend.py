@@ -107,6 +107,12 @@ def own_pole(rule: Rule, z: list[Tensor], output: Tensor | None, value: Tensor) 
     return torch.ones_like(value)
 
 
+def ways(operation: LinearOperation, x: Tensor, outputs: tuple[int, ...]) -> list[LinearOperation]:
+    """The operation as it is and, where there are such, with packed weights, for ``x`` and its outputs' shape."""
+    packed = operation.placed(tuple(x.shape), outputs, relu=False, pack=True)
+    return [operation] if packed.packed is None else [operation, packed]
+
+
 CASES = [  # (signed input, input known to be non-negative, bias, batch norm)
     (True, False, True, None),
     (False, True, True, "fold"),
@@ -130,15 +136,17 @@ def test_rule_is_the_references(name: str, factory: str, dtype: torch.dtype) -> 
         factor = random_factor(wanted)
         expected = reference.share_linear(layer, rule, x.double(), wanted * factor, *weights).inputs[0]
 
-        operation = LinearOperation(layer, rule, norm != "pass", parameters, nonnegative, dtype, "layer")
-        value, z, output = operation.forward(x.to(dtype))
-        R = (own_pole(rule, z, output, value) * factor).to(dtype)
-        r = total(
-            operation.backward(R, operation.gates(z, output, 1.0), x.to(dtype), geometry.input_shape), x.to(dtype)
-        )
-        case = f"{rule} {signed=} {nonnegative=} {bias=} {norm=}"
-        assert relative_error(r, expected) <= BOUNDS[dtype], case
-        assert relative_error(value, layer.forward((x.double(),), double(parameters))) <= BOUNDS[dtype], case
+        whole = LinearOperation(layer, rule, norm != "pass", parameters, nonnegative, dtype, "layer")
+        for operation in ways(whole, x, tuple(factor.shape)):
+            value, z, output = operation.forward(x.to(dtype))
+            stabilized = operation.packed is not None and operation.packed.stabilized
+            poles = [one - rule.stabilizer.epsilon for one in z] if stabilized else z
+            R = (own_pole(rule, poles, output, value) * factor).to(dtype)
+            gates = operation.gates(z, output, 1.0)
+            r = total(operation.backward(R, gates, x.to(dtype), geometry.input_shape), x.to(dtype))
+            case = f"{rule} {signed=} {nonnegative=} {bias=} {norm=} packed={operation.packed is not None}"
+            assert relative_error(r, expected) <= BOUNDS[dtype], case
+            assert relative_error(value, layer.forward((x.double(),), double(parameters))) <= BOUNDS[dtype], case
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -195,10 +203,11 @@ def test_bfloat16_convolutions_keep_two_digits(name: str, rule: Rule) -> None:
     weights = reference.weights(layer, double(parameters), "fold")
     R = torch.rand_like(layer.apply(x, parameters["weight"].bfloat16()))
     expected = reference.share_linear(layer, rule, x.double(), R.double(), *weights).inputs[0]
-    operation = LinearOperation(layer, rule, True, parameters, True, torch.bfloat16, "layer")
-    _, z, output = operation.forward(x)
-    r = total(operation.backward(R, operation.gates(z, output, 1.0), x, geometry.input_shape), x)
-    assert float((r.double() - expected).norm() / expected.norm()) <= 2e-2
+    whole = LinearOperation(layer, rule, True, parameters, True, torch.bfloat16, "layer")
+    for operation in ways(whole, x, tuple(R.shape)):
+        _, z, output = operation.forward(x)
+        r = total(operation.backward(R, operation.gates(z, output, 1.0), x, geometry.input_shape), x)
+        assert float((r.double() - expected).norm() / expected.norm()) <= 2e-2
 
 
 @pytest.mark.parametrize("x", ["zeros", "ones"])
@@ -209,13 +218,14 @@ def test_no_denominator_gives_a_nan(x: str) -> None:
     for rule in itertools.chain(*(make(geometry.channels[0]) for make in FACTORIES.values())):
         layer = geometry.layer(bias=True)
         parameters = {"weight": torch.zeros(geometry.weight_shape), "bias": torch.zeros(geometry.channels[1])}
-        operation = LinearOperation(layer, rule, True, parameters, True, torch.float32, "layer")
-        value, z, output = operation.forward(inputs)
-        R = torch.rand_like(value)
-        r = total(operation.backward(R, operation.gates(z, output, 1.0), inputs, geometry.input_shape), inputs)
-        assert bool(r.isfinite().all()), f"{rule}"
-        if isinstance(rule.stabilizer, ZeroGuard):
-            assert relative_error(r.flatten(1).sum(1), R.flatten(1).sum(1)) <= 1e-5
+        whole = LinearOperation(layer, rule, True, parameters, True, torch.float32, "layer")
+        R = torch.rand_like(whole.forward(inputs)[0])
+        for operation in ways(whole, inputs, tuple(R.shape)):
+            _, z, output = operation.forward(inputs)
+            r = total(operation.backward(R, operation.gates(z, output, 1.0), inputs, geometry.input_shape), inputs)
+            assert bool(r.isfinite().all()), f"{rule}"
+            if isinstance(rule.stabilizer, ZeroGuard):
+                assert relative_error(r.flatten(1).sum(1), R.flatten(1).sum(1)) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

@@ -77,10 +77,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def stabilized(z: Tensor, stabilizer: Stabilizer, may_vanish: bool) -> Tensor:
     """``stab(z)``; ``may_vanish``: z may be negative, so that an unsigned ``z + ε`` could be zero."""
-    if stabilizer.signed:
-        return torch.where(z < 0, z - stabilizer.epsilon, z + stabilizer.epsilon)
-    z = z + stabilizer.epsilon
-    return z.masked_fill(z == 0, stabilizer.epsilon) if may_vanish else z
+    z = stabilizer(z)
+    return z.masked_fill(z == 0, stabilizer.epsilon) if may_vanish and not stabilizer.signed else z
 
 
 def guarded(z: Tensor, guard: ZeroGuard, numerator: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -133,7 +131,7 @@ class LinearOperation:
         dtype: torch.dtype,
         name: str,
     ) -> None:
-        self.layer, self.rule, self.dtype = layer, rule, dtype
+        self.layer, self.rule, self.dtype, self.nonnegative = layer, rule, dtype, nonnegative
         self.guard = rule.stabilizer if isinstance(rule.stabilizer, ZeroGuard) else None
         self._parameters = _of_layer(layer, parameters)
         weight = parameters[layer.weight]
@@ -490,10 +488,8 @@ class PackedMaps:
         # One product to a group, read as it is and by nobody else: then its ε can be part of its bias.
         plain = all(len(terms) == 1 and terms[0][1] == 1.0 for terms in operation.groups)
         plain = plain and bases == wanted and len(set(wanted)) == len(wanted)
-        stabilized = (
-            alone and plain and not operation.may_vanish and all(term.input in ("x", "x+", "x-") for term in wanted)
-            and isinstance(stabilizer, Stabilizer) and not stabilizer.signed
-        )  # fmt: skip
+        signs = [_sign(term, stabilizer, operation) for term in wanted]
+        stabilized = alone and plain and all(signs)
         forward = {}
         for term in operation.evaluated:
             if term.input in ("one", "low", "high"):
@@ -501,7 +497,8 @@ class PackedMaps:
             weight, bias = operation.affine(term)
             if stabilized and term != own:
                 assert isinstance(stabilizer, Stabilizer)
-                bias = (weight.new_zeros(weight.shape[0]) if bias is None else bias) + stabilizer.epsilon
+                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+                bias = bias + signs[wanted.index(term)] * stabilizer.epsilon
             bias = None if bias is None else bias.to(dtype)
             forward[term] = pack_forward(layer, weight.to(dtype), bias, shape, relu and alone and term == own)
         back = {}
@@ -516,6 +513,21 @@ class PackedMaps:
             sums = operation.summed
             heatmap = pack_transposed(layer, sums, (shape[0], 1, *shape[2:]), (outputs[0], sums.shape[0], *outputs[2:]))
         return PackedMaps(forward, back, heatmap, relu and alone, stabilized)
+
+
+def _sign(term: Term, stabilizer: Stabilizer | ZeroGuard, operation: LinearOperation) -> int:
+    """The sign of ε in a term's denominator, if it is known beforehand, else 0.
+
+    Where a product of parts is never above zero, ε has its sign: at zero itself every product is zero, whatever divides it.
+    """
+    if isinstance(stabilizer, ZeroGuard) or term.input in ("one", "low", "high"):
+        return 0
+    if not stabilizer.signed:
+        return 0 if operation.may_vanish else 1
+    input_sign = {"x": int(operation.nonnegative), "x+": 1, "x-": -1}[term.input]
+    weight_sign = 1 if term.weight == POSITIVE else -1 if term.weight == NEGATIVE else 0
+    sign = input_sign * weight_sign
+    return sign if term.bias in (None, {1: POSITIVE, -1: NEGATIVE}.get(sign)) else 0
 
 
 def quotient(numerator: Tensor | float, z: Tensor) -> Tensor:
