@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTHON_GPU := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: demo test test-all test-slow lint types bench gpu-check gpu-check-full clean
+.PHONY: demo test test-all test-slow lint types bench bench-compare gpu-check gpu-check-full clean
 
 demo: .venv/installed
 	$(BIN)/lrp-fast demo --output demo-output
@@ -23,8 +23,15 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
+# On what the machine has, CPU or GPU; BENCH takes options, of which any makes it less than a whole run: BENCH="--batch 1".
 bench: .venv/installed
-	$(BIN)/python bench/speed.py
+	$(BIN)/python -m pytest --benchmark-quiet bench/test_networks.py bench/test_layers.py $(BENCH)
+	$(BIN)/python bench/pictures.py
+
+# This tree and another revision in turn: make bench-compare BASE=HEAD~1 [COMPARE="--batch 1 --turns 15"]
+bench-compare: .venv/installed
+	@test -n "$(BASE)" || { echo "bench-compare: say which revision: make bench-compare BASE=HEAD~1"; exit 2; }
+	$(BIN)/python bench/compare.py $(BASE) $(COMPARE)
 
 # On a machine with a CUDA device; installs nothing.
 gpu-check:

@@ -24,9 +24,10 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
+from contenders import network
 from kernel_bench import BATCH, DTYPES, plan
 from network_bench import explainer_of, run_of
-from settings import COMPILED, HEADLINE, Setting, images, network
+from settings import COMPILED, HEADLINE, Setting, images
 
 MOST_WORKERS = 8
 FEWEST_PROCESSORS = 4

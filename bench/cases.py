@@ -919,3 +919,26 @@ def kernel_cases() -> list[KernelCase]:
 def small_cases() -> list[KernelCase]:
     """The same cases, tiny and of odd sizes, for checks on a CPU."""
     return cases_of(34, 8)
+
+
+def convolutions(network: str, side: int) -> dict[Convolution, int]:
+    """A torchvision ResNet's convolutions on images of side × side, and how many it has of each."""
+    import torchvision
+    from torch import nn
+
+    with torch.device("meta"):
+        model = getattr(torchvision.models, network)().eval()
+        images = torch.empty(1, 3, side, side)
+    found: dict[Convolution, int] = {}
+
+    def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        taps, stride = layer.kernel_size[0], layer.stride[0]
+        shape = Convolution(inputs[0].shape[2], layer.in_channels, layer.out_channels, stride, taps, layer.groups)
+        assert (layer.padding, output.shape[2]) == ((taps // 2,) * 2, shape.out), layer
+        found[shape] = found.get(shape, 0) + 1
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(note)
+    model(images)
+    return found

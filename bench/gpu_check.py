@@ -92,7 +92,7 @@ def check(options: argparse.Namespace, device: Any) -> int:
     from report import Results
     from timing import Budget, DeviceLostError
 
-    budget, versions, code = Budget(options.minutes), _versions(), _code()
+    budget, versions, code = Budget(options.minutes), _versions(), code_state()
     # What is measured for choosing kernels belongs to this code alone.
     os.environ.setdefault("LRP_FAST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / f"lrp_fast-gpu-check-{code}"))
     results = Results(options.output, device.name, _short(versions), code)
@@ -195,7 +195,7 @@ def _short(versions: dict[str, str]) -> str:
     return "-".join(f"{name}{versions[name].split('+')[0]}" for name in ("torch", "triton") if name in versions)
 
 
-def _code() -> str:
+def code_state() -> str:
     """A fingerprint of the package and its kernels: measurements of other code are not mixed in."""
     digest = hashlib.sha256()
     package = [path for path in (ROOT / "lrp_fast").rglob("*.py") if "kernels" not in path.relative_to(ROOT).parts]

@@ -16,12 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from contenders import network
 from kernel_bench import DTYPES, describe
 from lrp_fast import LRP, Attribution
 from lrp_fast.precision import float32_precision
 from peers import captum_explainer, zennit_explainer
 from report import OURS, Cell, Results
-from settings import Setting, columns_of, images, network, settings
+from settings import Setting, columns_of, images, settings
 from timing import Budget, Device, OutOfTimeError, Run, time_limit
 
 SPEARMAN = 0.999

@@ -7,12 +7,11 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
+from contenders import noise
 from kernel_bench import DTYPES
 from lrp_fast import list_composites
-from networks import CifarResNet, calibrated
 from report import COLUMNS
 
 BOUNDS = {"bfloat16": 2e-2, "float32": 1e-5, "tf32": 5e-3}
@@ -76,21 +75,10 @@ def columns_of(setting: Setting, dry: bool, full: bool) -> list[str]:
     return [name for name in COLUMNS if name not in left_out]
 
 
-# Networks and images ----------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=3)
-def network(name: str, device: torch.device) -> nn.Module:
-    """A network with random, calibrated weights, the same in every run."""
-    torch.manual_seed(0)
-    if name == "cifar":
-        return calibrated(CifarResNet(1), seed=1).to(device)
-    return calibrated(getattr(torchvision.models, name)(), seed=1).to(device)
+# Images -----------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def images(device: torch.device, precision: str, batch: int, side: int) -> Tensor:
     """Noise in the compute dtype, channels last; the first images are the same in every batch."""
-    generator = torch.Generator().manual_seed(2)
-    drawn = torch.cat([torch.randn(1, 3, side, side, generator=generator) for _ in range(batch)])
-    return drawn.to(device, DTYPES[precision]).contiguous(memory_format=torch.channels_last)
+    return noise(batch, side, DTYPES[precision], device).contiguous(memory_format=torch.channels_last)

@@ -42,7 +42,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("LRP_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setattr(gpu_check, "_code", lambda: "abc")
+    monkeypatch.setattr(gpu_check, "code_state", lambda: "abc")
     instead_of_pytest(monkeypatch, PASSING)
 
 
@@ -195,7 +195,7 @@ def test_what_is_measured_is_not_measured_again_when_resumed(
     assert {name: file(tmp_path, name)["cells"] for name in ("kernels", "float32")} == before
     assert file(tmp_path, "kernels")["tests"]["summary"] == "3 passed in 0.01s"
     assert not rows.called
-    monkeypatch.setattr(gpu_check, "_code", lambda: "other code")
+    monkeypatch.setattr(gpu_check, "code_state", lambda: "other code")
     assert dry_run(tmp_path, "--resume", "--no-networks") == 0
     assert rows.call_count == 2
 
