@@ -28,8 +28,8 @@ logger = logging.getLogger("lrp_fast")
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-PROGRAMS_KEPT = 8
-"""How many input shapes (with their layers asked for) stay bound at once."""
+PROGRAMS_KEPT = 4
+"""How many input shapes (with their layers asked for) stay bound at once: on a CPU each has its own packed weights."""
 
 Target = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None
 StartArgument = str | Callable[[Tensor], Tensor] | Tensor | None

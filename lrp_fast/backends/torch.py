@@ -102,14 +102,17 @@ class Term:
 
 
 def part_of(value: Tensor, part: WeightPart) -> Tensor:
-    """A part of a weight or bias."""
+    """A part of a weight or bias; float64 where it takes arithmetic."""
     if part == "square":
-        return value.square()
+        return value.double().square()
     if part == "ones":
         return torch.ones_like(value)
     assert isinstance(part, Part)
     if part == WHOLE:
         return value
+    if part in (POSITIVE, NEGATIVE):
+        return value.clamp(min=0) if part == POSITIVE else value.clamp(max=0)
+    value = value.double()
     return value.clamp(min=0) * part.positive + value.clamp(max=0) * part.negative
 
 
@@ -245,19 +248,22 @@ class LinearOperation:
         ]
 
     def weights(self, own: bool) -> tuple[Tensor, Tensor | None]:
-        """The layer's own weight and bias, with its batch norm, or those that the rule looks at; float64."""
-        wide = {path: value.double() for path, value in self._parameters.items()}
-        return self.layer.folded(wide) if own or self.shared else self.layer.raw(wide)
+        """The layer's own weight and bias, with its batch norm, or those that the rule looks at; float64 where it takes
+        arithmetic."""
+        if self.layer.norm is None or not (own or self.shared):
+            return self.layer.raw(self._parameters)
+        return self.layer.folded({path: value.double() for path, value in self._parameters.items()})
 
     def affine(self, term: Term) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias of a term, float64."""
+        """The weight and bias of a term."""
         weight, bias = self.weights(term.own)
         bias = None if bias is None or term.bias is None else part_of(bias, term.bias)
         return part_of(weight, term.weight), bias
 
     def returned(self, part: InputPart) -> list[Tensor]:
-        """The weights of each entry of ``sent``, with its coefficient; float64."""
-        return [part_of(self.weights(term.own)[0], term.weight) * factor for _, term, factor in self.sent[part]]
+        """The weights of each entry of ``sent``, with its coefficient."""
+        weights = [(part_of(self.weights(term.own)[0], term.weight), factor) for _, term, factor in self.sent[part]]
+        return [weight if factor == 1.0 else weight.double() * factor for weight, factor in weights]
 
     @cached_property
     def stacks(self) -> dict[InputPart, list[tuple[list[Term], Tensor, Tensor | None]]]:
@@ -299,7 +305,7 @@ class LinearOperation:
         """The stacked weights of ``transposes`` summed over input channels, for the heatmap alone."""
         if not self.sums_channels or "one" in self.flat:
             return None
-        return channels_last(torch.cat(self.returned("one")).sum(1, keepdim=True).to(self.dtype))
+        return channels_last(torch.cat(self.returned("one")).sum(1, keepdim=True, dtype=torch.float64).to(self.dtype))
 
     # Forward.
 
@@ -497,7 +503,7 @@ class PackedMaps:
             weight, bias = operation.affine(term)
             if stabilized and term != own:
                 assert isinstance(stabilizer, Stabilizer)
-                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
                 bias = bias + signs[wanted.index(term)] * stabilizer.epsilon
             bias = None if bias is None else bias.to(dtype)
             forward[term] = pack_forward(layer, weight.to(dtype), bias, shape, relu and alone and term == own)
