@@ -26,6 +26,8 @@ types: .venv/installed
 # On what the machine has, CPU or GPU; BENCH takes options, of which any makes it less than a whole run: BENCH="--batch 1".
 bench: .venv/installed
 	$(BIN)/python -m pytest --benchmark-quiet bench/test_networks.py bench/test_layers.py $(BENCH)
+	$(BIN)/python bench/limits.py
+	$(BIN)/python bench/growth.py
 	$(BIN)/python bench/pictures.py
 
 # This tree and another revision in turn: make bench-compare BASE=HEAD~1 [COMPARE="--batch 1 --turns 15"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 PROGRAMS_KEPT = 4
 """How many input shapes (with their layers asked for) stay bound at once: on a CPU each has its own packed weights."""
+
+LARGEST_TENSOR = 32 * 2**20
+"""Bytes of a tensor that glibc may keep for the next one (its largest threshold for mapping memory directly)."""
 
 Target = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None
 StartArgument = str | Callable[[Tensor], Tensor] | Tensor | None
@@ -127,6 +131,7 @@ class LRP:
         self._linears: dict[int, LinearOperation] | None = None
         self._signature: object = None
         self._programs: dict[object, _Runner] = {}
+        self._largest: dict[Shape, int] = {}  # elements of the largest tensor, for an image's shape
         self.backend = backend
         self.device, self.dtype = self._place(parameter_table(model, self.plan))
         if backend == "auto":
@@ -328,6 +333,30 @@ class LRP:
     def _explain_torch(
         self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
     ) -> Attribution:
+        whole = self.device.type != "cpu" or self.backend != "torch" or self.compile
+        if whole or not (start is None or isinstance(start, str)):  # a given start belongs to the whole batch
+            return self._explain_piece(inputs, targets, start, observed, relevance)
+        count = self._piece(inputs, targets)
+        pieces = zip(inputs.split(count), targets.split(count, len(inputs)), strict=True)
+        return _joined([self._explain_piece(*piece, start, observed, relevance) for piece in pieces])
+
+    def _piece(self, inputs: Tensor, targets: _Targets) -> int:
+        """How many images a CPU explains at once: of a larger tensor glibc gives the memory back at once, every time.
+
+        Pieces of a batch are as equal as can be.
+        """
+        size = tuple(inputs.shape[1:])
+        if size not in self._largest:
+            shapes = self.plan.shapes(tuple(inputs.shape), parameter_table(self.model, self.plan))
+            self._largest[size] = max(math.prod(shape[1:]) for shape in shapes)
+        maps = 1 if targets.classes is None else targets.classes.shape[1]
+        largest = self._largest[size] * self.dtype.itemsize * maps
+        pieces = -(-len(inputs) // max(1, LARGEST_TENSOR // largest))
+        return -(-len(inputs) // pieces)
+
+    def _explain_piece(
+        self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
+    ) -> Attribution:
         runner = self._program(inputs, frozenset(observed.values()), heatmap=not relevance)
         output, tape = runner.forward(inputs)
         begin, classes, single = self._start(output, targets, start)
@@ -503,6 +532,12 @@ class _Targets(NamedTuple):
     classes: Tensor | None
     single: bool
 
+    def split(self, count: int, images: int) -> list[_Targets]:
+        """Those of every ``count`` of all the images."""
+        if self.classes is None:
+            return [self] * -(-images // count)
+        return [_Targets(classes, self.single) for classes in self.classes.split(count)]
+
 
 def _targets(target: Target, count: int, device: torch.device) -> _Targets:
     if target is None:
@@ -569,6 +604,20 @@ def _assemble(
         leak=leak.to(heatmap.dtype),
         layers={name: placed(found) for name, found in layers.items()},
     )
+
+
+def _joined(results: Sequence[Attribution]) -> Attribution:
+    """The attribution of a batch from those of its pieces."""
+    if len(results) == 1:
+        return results[0]
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(result, name) for result in results])
+
+    names = ("heatmap", "target", "output", "start", "leak")
+    layers = {name: torch.cat([result.layers[name] for result in results]) for name in results[0].layers}
+    relevance = None if results[0].relevance is None else joined("relevance")
+    return Attribution(relevance=relevance, layers=layers, **{name: joined(name) for name in names})
 
 
 def _double(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -356,6 +356,26 @@ def test_model_in_its_own_dtype(model: nn.Module, images: Tensor) -> None:
     assert brain.explain(images).relevance.dtype == torch.float32
 
 
+def test_a_large_batch_goes_in_pieces(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(7, 3, 16, 16)
+    expected = LRP(model, backend="reference")
+    explainer = LRP(model)
+    monkeypatch.setattr("lrp_fast.explain.LARGEST_TENSOR", 4 * 16 * 16 * 16 * 3)
+    for target in (None, 2, list(range(7)), [[1, 2]] * 7):
+        got, wanted = (one.explain(images, target, layers=("blocks.0",)) for one in (explainer, expected))
+        for name in ("relevance", "heatmap", "output"):
+            assert getattr(got, name).shape == getattr(wanted, name).shape
+            assert relative_error(getattr(got, name), getattr(wanted, name)) <= 1e-5
+        assert relative_error(got.layers["blocks.0"], wanted.layers["blocks.0"]) <= 1e-5
+        assert torch.allclose(got.start.double(), wanted.start, rtol=1e-5)
+        assert torch.equal(got.target, wanted.target)
+        assert got.leak.shape == wanted.leak.shape
+    assert {shape[0] for shape, *_ in explainer._programs} < {1, 2, 3, 4}
+    assert explainer.explain(images, relevance=False).relevance is None
+    given = explainer.explain(images, start=lambda logits: torch.arange(7.0)[:, None] * torch.ones_like(logits))
+    assert given.heatmap.shape == (7, 16, 16)
+
+
 def test_compiled_is_the_same(model: nn.Module, images: Tensor) -> None:
     compiled = LRP(model, compile=True)
     expected = LRP(model, backend="reference").explain(images, layers=("blocks.0",))
