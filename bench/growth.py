@@ -44,6 +44,8 @@ MOST_SECONDS, MOST_BYTES = 20.0, 6e9
 """What one call may take on a processor before a curve stops."""
 SHARE_OF_CARD = 0.9
 """What a call may take of a CUDA device's memory."""
+IN_ONE_PIECE = 8
+"""On a processor larger batches of a ResNet-50's pictures go in pieces, and take little more memory."""
 CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 PARITY_SIDE = 64
 """Maps are checked on one image of this side: the float64 reference is slow."""
@@ -262,10 +264,11 @@ class Growth:
 
     def save(self) -> Path:
         """With what the points amount to."""
-        for name, entry in self.result["curves"].items():
-            entry["fits"] = fits(CURVES[name].fit, entry["points"])
-            entry["meaning"] = meaning(name, entry["fits"])
         on_processor = "cuda" not in self.result["device"]
+        for name, entry in self.result["curves"].items():
+            most = IN_ONE_PIECE if on_processor and name == "batch" else math.inf
+            entry["fits"] = fits(CURVES[name].fit, entry["points"], most)
+            entry["meaning"] = meaning(name, entry["fits"])
         self.result["cards"] = cards(self.result["curves"].get("batch", {}), estimate=on_processor)
         return records.save(self.name, self.result)
 
@@ -303,13 +306,15 @@ def _points(xs: Sequence[float], ys: Sequence[float]) -> tuple[np.ndarray[Any, A
 MEASURES = ("seconds", "forward_seconds", "peak_bytes")
 
 
-def fits(law: str, points: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The law of each measure; none where there are fewer than two points."""
-    if len(points) < 2:
-        return {}
-    values = [point["value"] for point in points]
-    fit = line if law == "line" else power
-    return {measure: fit(values, [point[measure] for point in points]) for measure in MEASURES}
+def fits(law: str, points: Sequence[Mapping[str, float]], most: float = math.inf) -> dict[str, dict[str, float]]:
+    """The law of each measure, of memory up to the value ``most``; none where there are fewer than two points."""
+    fit, found = line if law == "line" else power, {}
+    for measure in MEASURES:
+        chosen = [point for point in points if measure != "peak_bytes" or point["value"] <= most]
+        if len(chosen) < 2:
+            return {}
+        found[measure] = fit([point["value"] for point in chosen], [point[measure] for point in chosen])
+    return found
 
 
 def meaning(curve: str, found: Mapping[str, Mapping[str, float]]) -> str:

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
 import records
-from growth import CARDS, CURVES
+from growth import CARDS, CURVES, IN_ONE_PIECE
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
 DOTS_PER_INCH = 144
@@ -257,8 +257,8 @@ def _ceilings(axes: Any, memory: Any, rows: Sequence[Result], ceilings: Result, 
         )
     memory.axhline(bandwidth, color=INK, linewidth=1.4)
     memory.annotate(
-        f"copy: {bandwidth:,.0f} GB/s", (0.98, bandwidth), (0, 4), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", va="bottom", fontsize=8,
+        f"copy: {bandwidth:,.0f} GB/s", (0.02, bandwidth), (0, 4), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="left", va="bottom", fontsize=8,
     )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlim(low, high)
@@ -376,9 +376,10 @@ def _memory_panel(axes: Any, result: Result) -> None:
     axes.set_xlabel("images in a batch", fontsize=8.5)
     axes.set_ylabel("peak MB per image")
     estimate = " (estimated from a CPU)" if any(found["estimate"] for found in cards.values()) else ""
-    stops = ", ".join(f"{name} hold {cards[name]['largest_batch']:,} images" for name in CARDS if name in cards)
+    pieces = f" up to {IN_ONE_PIECE}, then little" if estimate and max(x) > IN_ONE_PIECE else ""
+    stops = ", ".join(f"{name} hold {cards[name]['largest_batch']:,}" for name in CARDS if name in cards)
     cut = f"\n{stops}{estimate}" if stops else ""
-    axes.set_title(f"memory: {slope:.3g} MB for each image more{cut}", fontsize=8.5, loc="left")
+    axes.set_title(f"memory: {slope:.3g} MB for each image more{pieces}{cut}", fontsize=8.5, loc="left")
 
 
 def _value_axis(axes: Any, values: Sequence[float], log: bool = True) -> None:

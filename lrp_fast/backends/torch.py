@@ -6,7 +6,8 @@ comes in by the gates and runs one transposed convolution. Relevance travels bet
 ``R = x · acc + dense``: whoever multiplies by its input hands over ``acc`` alone, and if nobody else reads x, the product
 with x is in the gate of the layer that made x, so that R itself is never formed.
 
-Every operation is bound once to its weights, dtype, device and input shape. Tensors keep the channels last in memory.
+Every operation is bound once to its weights, dtype, device and input shape. On a CPU the maps of a convolution are not stacked but
+packed one by one for oneDNN (:mod:`lrp_fast.backends.packed`). Tensors keep the channels last in memory.
 Where several maps are wanted of one image, they lie in front of the batch: a relevance tensor has (maps · N) rows where
 its gate has N.
 """
