@@ -98,6 +98,7 @@ def work() -> None:
 
     import lrp_fast
     from contenders import find, network, noise
+    from records import torch_device
 
     def timed() -> tuple[torch.Tensor, float]:
         begin = time.perf_counter()
@@ -106,7 +107,7 @@ def work() -> None:
             torch.cuda.synchronize()
         return result, time.perf_counter() - begin
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch_device()
     images = noise(what["batch"], what["side"], getattr(torch, what["dtype"]), device)
     run = find(what["contender"]).build(network(what["network"], device), images)
     timed()

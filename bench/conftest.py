@@ -98,7 +98,7 @@ def measured(request: pytest.FixtureRequest) -> tables.Measured:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return records.torch_device()
 
 
 @pytest.fixture(autouse=True, scope="session")

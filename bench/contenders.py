@@ -21,6 +21,7 @@ from peers import Explain, cam_explainer, captum_explainer, gradient_explainer, 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from networks import CifarResNet, calibrated, relative_error
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Run = Callable[[], Tensor]
 Build = Callable[[nn.Module, Tensor], Run]
 

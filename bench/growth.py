@@ -35,9 +35,9 @@ import contenders
 import gpu_check
 import memory
 import records
-from limits import COMPOSITE, checked, forward_run, interleaved, stamp, torch_device
+from contenders import DTYPES
+from limits import COMPOSITE, checked, forward_run, interleaved
 from lrp_fast import LRP
-from memory import DTYPES
 from networks import calibrated
 
 MOST_SECONDS, MOST_BYTES = 20.0, 6e9
@@ -151,7 +151,7 @@ def measure(point: Point, dtype: str, seconds: float, check: bool = False) -> di
     The peak on a processor is that of the whole process, which must be a fresh one for it to mean anything. ``check``: the map
     is compared with the reference, at the end; ``contenders.ParityError`` if it is wrong.
     """
-    device = torch_device()
+    device = records.torch_device()
     model = network(point.network, device)
     images = contenders.noise(point.batch, point.side, DTYPES[dtype], device)
     targets = None if point.targets == 1 else torch.arange(point.targets).expand(point.batch, -1)
@@ -412,14 +412,16 @@ def main(
         raise typer.BadParameter(str(error)) from error
     if dtype not in DTYPES:
         raise typer.BadParameter(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    console, device = Console(), torch_device()
+    console, device = Console(), records.torch_device()
     settings = {
         "composite": COMPOSITE,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "code": gpu_check.code_state(),
     }
-    growth = Growth(f"{'quick-' if quick else ''}growth-{records.device_name()}-{dtype}", stamp(), settings, fresh)
+    growth = Growth(
+        f"{'quick-' if quick else ''}growth-{records.device_name()}-{dtype}", records.stamp(), settings, fresh
+    )
     if growth.begun_anew:
         console.print("what was measured before was of other code or threads: beginning anew")
     values = {name: CURVES[name].quick if quick else CURVES[name].values for name in names}

@@ -33,30 +33,20 @@ from torch import Tensor, nn
 
 import contenders
 import records
+from contenders import DTYPES
 from lrp_fast import LRP
 from lrp_fast.backends.torch import LinearOperation, MergeOperation, ProportionalPool, WinnerPool
 from lrp_fast.engine import Program
 from lrp_fast.layers import Convolution, Linear, Reshape
 from lrp_fast.precision import float32_precision
+from lrp_fast.rules import FIXED_PARTS
 from lrp_fast.trace import parameter_table
-from memory import DTYPES
 
 Run = Callable[[], Any]
 COMPOSITE = "otsuki2024"
 
 
 # Runs -------------------------------------------------------------------------------------------------------------------
-
-
-def torch_device() -> torch.device:
-    """The current CUDA device, or the processor."""
-    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-
-
-def stamp() -> dict[str, object]:
-    """What heads every result: the machine, versions and the time."""
-    date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return {"device": records.device(), "versions": records.versions(), "date": date}
 
 
 def synchronize(device: torch.device) -> None:
@@ -372,15 +362,13 @@ class Counted:
 
 def forward_maps(operation: LinearOperation) -> int:
     """How many maps of the input are stacked in a layer's forward pass; what no image changes is computed once."""
-    evaluated = {basis for recipe in operation.recipes.values() for _, basis in recipe}
-    return sum(term.input in ("x", "x+", "x-") for term in evaluated)
+    return sum(term.input not in FIXED_PARTS for term in operation.evaluated)
 
 
 def backward_maps(operation: LinearOperation) -> tuple[int, int]:
     """How many transposed maps with weights there are, and how many of ones (one channel for each group)."""
-    terms = [term for group in operation.groups for term, _ in group]
-    flat = all(term.weight == "ones" for term in terms)
-    return (0, 1) if flat else (len(terms), int(operation.guard is not None))
+    weighted = sum(len(sent) for part, sent in operation.sent.items() if part not in operation.flat)
+    return (weighted, int(operation.guard is not None)) if weighted else (0, 1)
 
 
 # How long units take ----------------------------------------------------------------------------------------------------
@@ -576,7 +564,7 @@ def main(
         raise typer.BadParameter(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if name != "cifar" and name not in torchvision.models.list_models():
         raise typer.BadParameter(f"unknown network {name!r}; expected cifar or a name of torchvision's")
-    console, device = Console(), torch_device()
+    console, device = Console(), records.torch_device()
     found = ceilings(device)
     show_ceilings(console, found)
     if only_ceilings:
@@ -584,7 +572,7 @@ def main(
     result = measure(name, batch, side, dtype, device, found, backend, composite, seconds)
     show(console, result)
     stem = name if composite == COMPOSITE else f"{name}-{composite}"
-    console.print(str(records.save(f"limits-{stem}-{records.device_name()}-{dtype}", stamp() | result)))
+    console.print(str(records.save(f"limits-{stem}-{records.device_name()}-{dtype}", records.stamp() | result)))
 
 
 application = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

@@ -19,16 +19,16 @@ from typing import Annotated
 import torch
 import typer
 
-from contenders import find, network, noise
+import records
+from contenders import DTYPES, find, network, noise
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEGABYTE = 1e6
 
 
 def measure(name: str, model: str, batch: int, side: int, dtype: str, calls: int) -> dict[str, object]:
     """MB before the contender is built, and at the peak after each call of it."""
     contender = find(name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = records.torch_device()
     if contender.library is not None:
         importlib.import_module(contender.library)
     subject, images = network(model, device), noise(batch, side, DTYPES[dtype], device)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def write(file: Path, result: Mapping[str, object]) -> Path:
     partial.write_text(text + "\n")
     partial.replace(file)
     return file
+
+
+def torch_device() -> torch.device:
+    """The current CUDA device, or the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def stamp(**more: object) -> dict[str, object]:
+    """What heads every result: the machine (and ``more`` of it), versions and the time."""
+    date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return {"device": device() | more, "versions": versions(), "date": date}
 
 
 def device_name() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,10 +57,7 @@ class Measured:
         for layer in layers:
             same = [other for other in layers if other["layer"] == layer["layer"] and other["rule"] == layer["beside"]]
             layer["times_beside"] = ratio(layer, same[0] if same else None)
-        return {
-            "device": records.device() | {"keeps_memory": self.keeps_memory},
-            "versions": records.versions(),
-            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        return records.stamp(keeps_memory=self.keeps_memory) | {
             "rows": rows,
             "layers": layers,
             "ratios": ratios(rows),

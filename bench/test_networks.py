@@ -17,11 +17,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from contenders import Contender, ParityError, Run, choose, expected, network, noise, parity, prepare
-from records import has_bfloat16
+from contenders import DTYPES, Contender, ParityError, Run, choose, expected, network, noise, parity, prepare
+from records import has_bfloat16, torch_device
 from tables import Measured, Setting
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEMORY = Path(__file__).resolve().parent / "memory.py"
 
 
@@ -45,7 +44,7 @@ class Case:
 
 def cases(config: pytest.Config, turns: int) -> list[Case]:
     """All calls in order: at each batch size turn by turn, in each of them every dtype and contender."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch_device()
     known, batch = batches(device.type), config.getoption("batch")
     wanted = known if batch is None else {batch: known.get(batch, tuple(DTYPES))}
     found = []

@@ -25,6 +25,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 InputPart = Literal["x", "x+", "x-", "one", "low", "high"]
 """``x``, its positive and negative part, ones, and the lower and upper bound of the pixels."""
+FIXED_PARTS: tuple[InputPart, ...] = ("one", "low", "high")
+"""Parts of an input that are the same for every image."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_every_unit_is_timed_and_the_map_stays(monkeypatch: pytest.MonkeyPatch, 
     assert whole["forward_passes"] > 1
     assert 1 < whole["forward_passes_at_the_floor"] < 6
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    assert json.loads(records.save("limits-cifar", limits.stamp() | result).read_text())["units"] == rows
+    assert json.loads(records.save("limits-cifar", records.stamp() | result).read_text())["units"] == rows
 
 
 def test_timing_leaves_the_program_as_it_was() -> None:

@@ -12,7 +12,7 @@ from lrp_fast import LRP
 from lrp_fast.backends.packed import PackedConvolution, pack_forward, pack_transposed, packs
 from lrp_fast.backends.torch import LinearOperation, transposed_convolution
 from lrp_fast.layers import Convolution
-from networks import CifarResNet, calibrated
+from networks import CifarResNet, calibrated, relative_error
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN, which packs the weights"
@@ -38,10 +38,6 @@ GEOMETRIES = {  # inputs, outputs, groups, kernel, stride, padding, dilation, he
     "grey, kernel below stride": (1, 8, 1, (2, 2), (3, 3), (0, 0), (1, 1), 14, 12),
     "uneven kernel": (2, 5, 1, (1, 7), (1, 1), (0, 3), (1, 1), 9, 10),
 }
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("name", list(GEOMETRIES))

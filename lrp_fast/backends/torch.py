@@ -45,7 +45,18 @@ from lrp_fast.layers import (
     Slice,
     fill_sizes,
 )
-from lrp_fast.rules import NEGATIVE, POSITIVE, WHOLE, InputPart, Part, Rule, Stabilizer, WeightPart, ZeroGuard
+from lrp_fast.rules import (
+    FIXED_PARTS,
+    NEGATIVE,
+    POSITIVE,
+    WHOLE,
+    InputPart,
+    Part,
+    Rule,
+    Stabilizer,
+    WeightPart,
+    ZeroGuard,
+)
 from lrp_fast.splits import Split
 
 Message = tuple[Tensor | None, Tensor | None]
@@ -188,7 +199,7 @@ class LinearOperation:
         else:
             _ = self.stacks, self.transposes, self.summed
         _ = placed.window
-        for part in {term.input for term in self.evaluated} & {"one", "low", "high"}:
+        for part in {term.input for term in self.evaluated} & set(FIXED_PARTS):
             placed._constant(torch.zeros(1, *shape[1:], dtype=self.dtype, device=self.device), part)
         return placed
 
@@ -262,9 +273,15 @@ class LinearOperation:
         return part_of(weight, term.weight), bias
 
     def returned(self, part: InputPart) -> list[Tensor]:
-        """The weights of each entry of ``sent``, with its coefficient."""
+        """The weights that send relevance to a part, with their coefficients, all groups stacked: one transposed map.
+
+        Those of a grouped convolution stay apart, one for each entry of ``sent``; the flat rule has none.
+        """
+        if part in self.flat:
+            return []
         weights = [(part_of(self.weights(term.own)[0], term.weight), factor) for _, term, factor in self.sent[part]]
-        return [weight if factor == 1.0 else weight.double() * factor for weight, factor in weights]
+        scaled = [weight if factor == 1.0 else weight.double() * factor for weight, factor in weights]
+        return scaled if self.grouped else [torch.cat(scaled)]
 
     @cached_property
     def stacks(self) -> dict[InputPart, list[tuple[list[Term], Tensor, Tensor | None]]]:
@@ -287,13 +304,8 @@ class LinearOperation:
 
     @cached_property
     def transposes(self) -> dict[InputPart, list[Tensor]]:
-        """For each input part the weights that send relevance to it, all groups stacked: one transposed map."""
-        found: dict[InputPart, list[Tensor]] = {}
-        for part in self.inputs:
-            weights = [] if part in self.flat else self.returned(part)
-            stacked = weights if self.grouped or not weights else [torch.cat(weights)]
-            found[part] = [channels_last(weight.to(self.dtype)) for weight in stacked]
-        return found
+        """For each input part the weights that send relevance to it (``returned``), in the compute dtype."""
+        return {part: [channels_last(weight.to(self.dtype)) for weight in self.returned(part)] for part in self.inputs}
 
     @cached_property
     def window(self) -> Tensor:
@@ -306,7 +318,8 @@ class LinearOperation:
         """The stacked weights of ``transposes`` summed over input channels, for the heatmap alone."""
         if not self.sums_channels or "one" in self.flat:
             return None
-        return channels_last(torch.cat(self.returned("one")).sum(1, keepdim=True, dtype=torch.float64).to(self.dtype))
+        (weight,) = self.returned("one")
+        return channels_last(weight.sum(1, keepdim=True, dtype=torch.float64).to(self.dtype))
 
     # Forward.
 
@@ -315,7 +328,7 @@ class LinearOperation:
         x = x.to(self.dtype)
         found: dict[Term, Tensor] = {}
         for part in dict.fromkeys(term.input for term in self.evaluated):
-            if part in ("one", "low", "high"):
+            if part in FIXED_PARTS:
                 found |= self._constant(x, part)
                 continue
             source = x if part == "x" else x.clamp(min=0) if part == "x+" else x.clamp(max=0)
@@ -405,7 +418,7 @@ class LinearOperation:
         return acc, dense
 
     def _factor(self, part: InputPart, x: Tensor | None, like: Tensor) -> Tensor:
-        if part in ("one", "low", "high"):
+        if part in FIXED_PARTS:
             return self.constant_input(part, like[:1])
         assert x is not None
         return x.clamp(min=0) if part == "x+" else x.clamp(max=0)
@@ -499,7 +512,7 @@ class PackedMaps:
         stabilized = alone and plain and all(signs)
         forward = {}
         for term in operation.evaluated:
-            if term.input in ("one", "low", "high"):
+            if term.input in FIXED_PARTS:
                 continue
             weight, bias = operation.affine(term)
             if stabilized and term != own:
@@ -508,18 +521,14 @@ class PackedMaps:
                 bias = bias + signs[wanted.index(term)] * stabilizer.epsilon
             bias = None if bias is None else bias.to(dtype)
             forward[term] = pack_forward(layer, weight.to(dtype), bias, shape, relu and alone and term == own)
-        back = {}
-        for part in operation.inputs:
-            weights = [] if part in operation.flat else operation.returned(part)
-            stacked = weights if operation.grouped or not weights else [torch.cat(weights)]
-            sent = [(outputs[0], weight.shape[0], *outputs[2:]) for weight in stacked]
-            pairs = zip(stacked, sent, strict=True)
-            back[part] = [pack_transposed(layer, weight.to(dtype), shape, size) for weight, size in pairs]
-        heatmap = None
-        if operation.summed is not None:
-            sums = operation.summed
-            heatmap = pack_transposed(layer, sums, (shape[0], 1, *shape[2:]), (outputs[0], sums.shape[0], *outputs[2:]))
-        return PackedMaps(forward, back, heatmap, relu and alone, stabilized)
+
+        def back(weight: Tensor, channels: int) -> Callable[[Tensor], Tensor]:
+            sent = (outputs[0], weight.shape[0], *outputs[2:])
+            return pack_transposed(layer, weight.to(dtype), (shape[0], channels, *shape[2:]), sent)
+
+        backward = {part: [back(weight, shape[1]) for weight in operation.returned(part)] for part in operation.inputs}
+        heatmap = None if operation.summed is None else back(operation.summed, 1)
+        return PackedMaps(forward, backward, heatmap, relu and alone, stabilized)
 
 
 def _sign(term: Term, stabilizer: Stabilizer | ZeroGuard, operation: LinearOperation) -> int:
@@ -527,7 +536,7 @@ def _sign(term: Term, stabilizer: Stabilizer | ZeroGuard, operation: LinearOpera
 
     Where a product of parts is never above zero, ε has its sign: at zero itself every product is zero, whatever divides it.
     """
-    if isinstance(stabilizer, ZeroGuard) or term.input in ("one", "low", "high"):
+    if isinstance(stabilizer, ZeroGuard) or term.input in FIXED_PARTS:
         return 0
     if not stabilizer.signed:
         return 0 if operation.may_vanish else 1

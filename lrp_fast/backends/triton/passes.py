@@ -167,7 +167,7 @@ class StemLinear(SettledLinear):
         assert isinstance(layer, Convolution)
         assert isinstance(stabilizer, Stabilizer)
         ((_, self.weight, self.bias),) = operation.stacks["x"]
-        _, (z,), _ = operation.forward(self.weight.new_zeros(1, *x_shape), False)
+        _, (z,), _ = operation.forward(self.weight.new_zeros(1, *x_shape))
         self.fixed = pack(z)[0]  # H × W × C
         denominators = Denominators("own", stabilizer.epsilon, stabilizer_form(operation))
         self.gate = configuration(denominators=denominators, relu=relu, over_value=over_value)
