@@ -198,6 +198,7 @@ TARGETS = (
         "batch 8: zennit EpsilonAlpha2Beta1Flat over ours (the same rules)",
         _over("zennit EpsilonAlpha2Beta1Flat", "epsilon_alpha2_beta1_flat", 8), 5,
     ),
+    Target("batch 8: captum LRP over ours (the same rules)", _over("captum LRP", "epsilon", 8), 3.5),
     Target("batch 8: captum LRP over ours (otsuki2024)", _over("captum LRP", OWN, 8), 3.5),
     Target("batch 8: ours over the best forward pass", _forward_passes, 3.8, 3.2, at_least=False),
     Target("batch 8: ours in float32 over ours in bfloat16", _bfloat16, 1.8),

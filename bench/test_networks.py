@@ -17,7 +17,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from contenders import DTYPES, Contender, ParityError, Run, choose, expected, network, noise, parity, prepare
+from contenders import DTYPES, Contender, ParityError, Reference, Run, choose, expected, network, noise, parity, prepare
 from records import has_bfloat16, torch_device
 from tables import Measured, Setting
 
@@ -73,7 +73,7 @@ class Prepared:
         self.device, self.measured = device, measured
         self.batch: int | None = None
         self.runs: dict[tuple[Setting, str], Run] = {}
-        self.references: dict[tuple[object, ...], Tensor | None] = {}
+        self.references: dict[tuple[object, ...], Reference | None] = {}
 
     def run_of(self, case: Case) -> Run:
         """What a case times, made ready and checked at the first turn; skips what was not ready then."""
@@ -136,7 +136,7 @@ class Prepared:
 
         return complete
 
-    def _reference(self, case: Case, images: Tensor) -> Tensor | None:
+    def _reference(self, case: Case, images: Tensor) -> Reference | None:
         contender, setting = case.contender, case.setting
         rules = (contender.kind == "forward", contender.composite, contender.start)
         key = (setting.network, setting.side, setting.dtype, *rules)

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrp_fast import LRP, reference
+from lrp_fast.trace import parameter_table
+
 
 def calibrated(model: nn.Module, seed: int, shape: tuple[int, ...] = (8, 3, 64, 64)) -> nn.Module:
     """Random batch norms of both signs, running statistics measured on noise, and logits of about half a unit."""
@@ -100,3 +103,22 @@ def errors(got: Tensor, expected: Tensor) -> Tensor:
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """The largest relative L2 error of any map."""
     return float(errors(got, expected).max())
+
+
+def plain_errors(model: nn.Module, explainer: LRP, images: Tensor) -> Tensor:
+    """The relative L2 error of each map when the reference's equations are evaluated in the images' dtype: its rounding."""
+    plan, composite = explainer.plan, explainer.composite
+    expected = LRP(model, composite, backend="reference").explain(images, start="one")
+    # In the memory format that ours computes in: a CPU's convolutions round more with their channels last.
+    parameters = {
+        path: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+        for path, value in parameter_table(model, plan).items()
+    }
+    with torch.no_grad():
+        values = reference.forward(plan, parameters, images.contiguous(memory_format=torch.channels_last))
+        start = F.one_hot(expected.target, values[plan.output].shape[1]).to(images)
+        assignments = composite.assign(plan)
+        plain = reference.backward(plan, parameters, assignments, composite.batch_norm, values, start).relevance[0]
+    assert plain.dtype == images.dtype
+    assert expected.relevance is not None
+    return errors(plain, expected.relevance)

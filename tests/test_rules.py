@@ -129,3 +129,17 @@ def test_parameters_tell_the_rules_of_a_factory_apart(factory: str) -> None:
 def test_a_zero_guard_takes_no_bias() -> None:
     with pytest.raises(ValueError, match="bias=False"):
         PositiveProducts(ZeroGuard())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_stabilizer_takes_every_zero_as_positive(dtype: torch.dtype, compiled: bool) -> None:
+    z = torch.cat([torch.randn(37), torch.tensor([0.0, -0.0, 1e-30, -1e-30])]).to(dtype)
+    given = z.clone()
+    stabilizer = Stabilizer(2**-7)
+    call = torch.compile(stabilizer, dynamic=False) if compiled else stabilizer
+    got = call(z)
+    assert got.dtype == dtype
+    assert torch.equal(got, torch.where(z < 0, z - 2**-7, z + 2**-7))
+    assert torch.equal(z, given)
+    assert torch.equal(Stabilizer(0.25, signed=False)(z), z + 0.25)
