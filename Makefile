@@ -28,6 +28,9 @@ bench: .venv/installed
 	$(BIN)/python -m pytest --benchmark-quiet bench/test_networks.py bench/test_layers.py $(BENCH)
 	$(BIN)/python bench/limits.py
 	$(BIN)/python bench/growth.py
+	$(BIN)/python bench/throughput.py
+	$(BIN)/python bench/throughput.py --network embedded --images 1024 --batch-size 32
+	$(BIN)/python bench/perturbation.py
 	$(BIN)/python bench/pictures.py
 
 # This tree and another revision in turn: make bench-compare BASE=HEAD~1 [COMPARE="--batch 1 --turns 15"]

@@ -11,123 +11,29 @@ or its map is another one; 2: no comparison. What is unpacked and started is gon
 from __future__ import annotations
 
 import io
-import json
-import os
 import signal
 import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from workers import ROOT, Task, Worker, WorkerError, uninterrupted
 
-ROOT = Path(__file__).resolve().parent.parent
 MAP_BOUNDS = {"float32": 1e-3, "bfloat16": 2e-2}
 """The largest relative L2 difference between the two maps that rounding may make; its keys are what can be computed in."""
-INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 
 
 class CompareError(Exception):
     """There is nothing to compare."""
 
 
-# One tree's process -----------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A tree's process; it answers one line of JSON to each line."""
-
-    def __init__(self, tree: Path, what: dict[str, Any]) -> None:
-        self.tree = tree
-        path = [str(tree), os.environ.get("PYTHONPATH", "")]  # it comes before an editable install
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=tree, text=True
-        )
-        self._send(what)
-
-    def _send(self, line: object) -> None:
-        assert self.process.stdin is not None
-        try:
-            print(json.dumps(line), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            raise CompareError(f"the process of {self.tree} is gone") from None
-
-    def ready(self) -> None:
-        """Wait until it has explained twice; raises :class:`CompareError` if it could not, or has imported another tree."""
-        imported = Path(self._answer()["imported"])
-        if not imported.is_relative_to(self.tree):
-            raise CompareError(f"the process of {self.tree} has imported {imported}")
-
-    def explain(self) -> float:
-        """Seconds of one explanation."""
-        self._send("explain")
-        return float(self._answer()["seconds"])
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise CompareError(f"the process of {self.tree} ended with exit code {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def end(self) -> None:
-        """Kill it, if need be."""
-        self.process.kill()
-        self.process.communicate()
-
-
-def work() -> None:
-    """Be such a process: build what is asked for, save its map, explain once a line until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that compares ends this one
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTIONS)
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed is no answer
-    what = json.loads(sys.stdin.readline())
-
-    import numpy as np
-    import torch
-
-    import lrp_fast
-    from contenders import find, network, noise
-    from records import torch_device
-
-    def timed() -> tuple[torch.Tensor, float]:
-        begin = time.perf_counter()
-        result = run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return result, time.perf_counter() - begin
-
-    device = torch_device()
-    images = noise(what["batch"], what["side"], getattr(torch, what["dtype"]), device)
-    run = find(what["contender"]).build(network(what["network"], device), images)
-    timed()
-    np.save(what["map"], timed()[0].float().cpu().numpy(), allow_pickle=False)
-    print(json.dumps({"imported": str(Path(lrp_fast.__file__).resolve())}), file=answers, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps({"seconds": timed()[1]}), file=answers, flush=True)
-
-
 # Comparing --------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is left."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTIONS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -142,24 +48,27 @@ def unpacked(base: str) -> Iterator[Path]:
         yield Path(folder).resolve()
 
 
-def compare(base: str, what: dict[str, Any], turns: int) -> dict[str, Any]:
+def compare(base: str, task: Task, turns: int) -> dict[str, Any]:
     """Seconds of both by turns, their ratio (this tree over the base), and the relative difference of the maps."""
     import numpy as np
 
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lrp_fast-maps-")))
         trees = {"this tree": ROOT, "base": stack.enter_context(unpacked(base))}
         workers: dict[str, Worker] = {}
+        maps = {}
         for name, tree in trees.items():  # one after the other: they would take each other's processor
             with uninterrupted():  # between its start and the note that it is to be ended
-                workers[name] = Worker(tree, what | {"map": str(folder / f"{name}.npy")})
+                workers[name] = Worker(tree)
                 stack.callback(workers[name].end)
-            workers[name].ready()
-        own, theirs = (np.load(folder / f"{name}.npy", allow_pickle=False).astype("float64") for name in trees)
+            built = workers[name].build(task)
+            if not built.imported.is_relative_to(tree):
+                raise CompareError(f"the process of {tree} has imported {built.imported}")
+            maps[name] = built.results.astype("float64")
         seconds: dict[str, list[float]] = {name: [] for name in trees}
         for turn in range(turns):
             for name in list(trees) if turn % 2 == 0 else reversed(trees):
-                seconds[name].append(workers[name].explain())
+                seconds[name].append(workers[name].explain(task))
+    own, theirs = maps.values()
     return {
         "seconds": seconds,
         "ratios": [one / other for one, other in zip(seconds["this tree"], seconds["base"], strict=True)],
@@ -181,10 +90,10 @@ def main(
     if dtype not in MAP_BOUNDS:
         raise typer.BadParameter(f"unknown dtype {dtype!r}; known: {', '.join(MAP_BOUNDS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as by Ctrl-C: what was started is ended
-    what = {"network": network, "batch": batch, "side": side, "dtype": dtype, "contender": contender}
+    task = Task(contender, network, batch, side, dtype)
     try:
-        found = compare(base, what, turns)
-    except CompareError as error:
+        found = compare(base, task, turns)
+    except (CompareError, WorkerError) as error:
         print(f"compare: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     medians = {name: statistics.median(taken) for name, taken in found["seconds"].items()}
@@ -196,7 +105,7 @@ def main(
         )
         for name, taken in found["seconds"].items()
     ]
-    print(table((", ".join(map(str, what.values())), "ms / image", "lowest to highest"), rows))
+    print(table((", ".join(map(str, vars(task).values())), "ms / image", "lowest to highest"), rows))
     ratio = medians["this tree"] / medians["base"]
     print(f"\nthis tree / {base}: {ratio:.3f} (turns: {min(found['ratios']):.3f} to {max(found['ratios']):.3f})")
     same = found["difference"] <= MAP_BOUNDS[dtype]
@@ -209,7 +118,4 @@ def main(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--worker"]:
-        work()
-    else:
-        typer.run(main)
+    typer.run(main)

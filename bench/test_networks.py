@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
+from workers import Task, Worker, WorkerError, uninterrupted
 
-from contenders import DTYPES, Contender, ParityError, Reference, Run, choose, expected, network, noise, parity, prepare
+from contenders import (
+    DTYPES,
+    REFERENCED,
+    Contender,
+    ParityError,
+    Reference,
+    choose,
+    expected,
+    network,
+    noise,
+    parity,
+)
 from records import has_bfloat16, torch_device
 from tables import Measured, Setting
 
@@ -67,87 +76,83 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Prepared:
-    """What is ready to run at the present batch size."""
+    """What is ready to run at the present batch size: each peer in a process of its own, ours in one together.
+
+    On a GPU all are in one: the processor's memory is not what counts there, and each process would take some of the GPU's.
+    """
 
     def __init__(self, device: torch.device, measured: Measured) -> None:
         self.device, self.measured = device, measured
         self.batch: int | None = None
-        self.runs: dict[tuple[Setting, str], Run] = {}
+        self.workers: dict[str, Worker] = {}
+        self.ready: set[tuple[Setting, str]] = set()
         self.references: dict[tuple[object, ...], Reference | None] = {}
 
-    def run_of(self, case: Case) -> Run:
-        """What a case times, made ready and checked at the first turn; skips what was not ready then."""
+    def run_of(self, case: Case) -> Callable[[], float]:
+        """A call that gives its seconds, made ready and checked at the first turn; skips what was not ready then."""
         if case.setting.batch != self.batch:
             self.release()
             self.batch = case.setting.batch
         key = (case.setting, case.contender.name)
-        if key not in self.runs:
+        if key not in self.ready:
             if case.turn > 0:
                 pytest.skip("it was not ready at the first turn")
-            self.runs[key] = self._ready(case)
-        return self.runs[key]
+            self._make_ready(case)
+            self.ready.add(key)
+        return partial(self._worker(case.contender).explain, _task(case))
 
     def release(self) -> None:
-        """Forget it all."""
-        self.runs.clear()
-        torch.compiler.reset()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """End all processes."""
+        self.ready.clear()
+        while self.workers:
+            self.workers.popitem()[1].end()
 
-    def _ready(self, case: Case) -> Run:
+    def _worker(self, contender: Contender) -> Worker:
+        """The process of a contender."""
+        shared = self.device.type == "cuda" or contender.kind == "ours"
+        name = "shared" if shared else contender.name
+        if name not in self.workers:
+            with uninterrupted():  # between its start and the note that it is to be ended
+                self.workers[name] = Worker(keep_memory=self.measured.keeps_memory)
+        return self.workers[name]
+
+    def _make_ready(self, case: Case) -> None:
         """After two calls, the first one checked. Our own failures fail the test; a peer's is what its row says."""
         row = self.measured.row(case.setting, case.contender)
         try:
-            return self._checked(case, row)
+            built = self._worker(case.contender).build(_task(case))
+            row["first_seconds"] = built.first_seconds
+            got = torch.from_numpy(built.results).to(self.device)
+            row["parity"] = parity(case.contender, DTYPES[case.setting.dtype], got, self._reference(case))
         except ParityError as error:
             row["parity"] = {"verdict": f"FAILED: {error}"}
             raise
-        except Exception as error:
-            row["parity"] = {"verdict": f"error: {type(error).__name__}: {error}"[:300]}
+        except WorkerError as error:
+            row["parity"] = {"verdict": f"error: {error}"[:300]}
             if case.contender.kind == "ours":
                 raise
             pytest.skip(row["parity"]["verdict"])
 
-    def _checked(self, case: Case, row: dict[str, Any]) -> Run:
+    def _reference(self, case: Case) -> Reference | None:
         contender, setting = case.contender, case.setting
-        if contender.library is not None:
-            importlib.import_module(contender.library)
-        model = network(setting.network, self.device)
-        images = noise(setting.batch, setting.side, DTYPES[setting.dtype], self.device)
-        reference = self._reference(case, images)
-        begin = time.perf_counter()
-        run = self._awaited(prepare(contender, model, images))
-        got = run()
-        row["first_seconds"] = time.perf_counter() - begin
-        row["parity"] = parity(contender, images.dtype, got, reference)
-        run()
-        return run
-
-    def _awaited(self, run: Run) -> Run:
-        """Until the device has done it."""
-        if self.device.type != "cuda":
-            return run
-
-        def complete() -> Tensor:
-            result = run()
-            torch.cuda.synchronize()
-            return result
-
-        return complete
-
-    def _reference(self, case: Case, images: Tensor) -> Reference | None:
-        contender, setting = case.contender, case.setting
-        rules = (contender.kind == "forward", contender.composite, contender.start)
+        rules = (contender.kind == "forward", contender.kind == "peer", contender.composite, contender.start)
         key = (setting.network, setting.side, setting.dtype, *rules)
         if key not in self.references:
+            images = noise(REFERENCED, setting.side, DTYPES[setting.dtype], self.device)
             self.references[key] = expected(contender, network(setting.network, self.device), images)
         return self.references[key]
 
 
+def _task(case: Case) -> Task:
+    setting = case.setting
+    return Task(case.contender.name, setting.network, setting.batch, setting.side, setting.dtype)
+
+
 @pytest.fixture(scope="session")
-def prepared(device: torch.device, measured: Measured) -> Prepared:
-    return Prepared(device, measured)
+def prepared(device: torch.device, measured: Measured) -> Iterator[Prepared]:
+    prepared = Prepared(device, measured)
+    yield prepared
+    prepared.release()
 
 
 def test_explanation(case: Case, prepared: Prepared, measured: Measured, benchmark: BenchmarkFixture) -> None:
@@ -155,8 +160,7 @@ def test_explanation(case: Case, prepared: Prepared, measured: Measured, benchma
     run = prepared.run_of(case)
     row = measured.row(case.setting, case.contender)
     benchmark.extra_info.update(vars(case.setting), parity=row["parity"])
-    benchmark.pedantic(run)
-    row["seconds"].append(benchmark.stats.stats.data[0])
+    row["seconds"].append(benchmark.pedantic(run))  # without what asking takes
 
 
 def test_memory(case: Case, prepared: Prepared, measured: Measured, request: pytest.FixtureRequest) -> None:

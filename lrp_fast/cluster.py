@@ -25,7 +25,6 @@ from lrp_fast.composites import Composite
 from lrp_fast.data import Source
 from lrp_fast.explain import LRP
 from lrp_fast.images import Preprocessing
-from lrp_fast.memory import keep_freed_memory
 from lrp_fast.pipeline import OnBatch, OnFailure, Pipeline, PipelineOptions, Progress, fill
 from lrp_fast.splits import Split, Splits
 from lrp_fast.store import Array, Layout, Store, StoreError, StoreWriter, stage
@@ -187,7 +186,6 @@ class _BatchWriter:
     """An actor: explains whole batches and writes each to a file of its own in the store."""
 
     def __init__(self, setup: Any, path: Path) -> None:
-        keep_freed_memory()
         self._store = Store(path)
         explainer = _ray().get(setup).explainer(_device())
         self._explainer = BatchExplainer(explainer, self._store.layout)

@@ -16,7 +16,6 @@ import torch.multiprocessing
 
 from lrp_fast.batches import PipelineError, Setup
 from lrp_fast.data import Source
-from lrp_fast.memory import keep_freed_memory
 from lrp_fast.pipeline import OnBatch, OnFailure, Pipeline, PipelineOptions, Progress, bytes_per_image
 from lrp_fast.store import WHOLE, Part, Store, StoreError
 
@@ -161,7 +160,6 @@ def _work(job: _Job, said: Any, stop: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the first one decides
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(job.threads)
-    keep_freed_memory()
 
     def tell(kind: str, what: object) -> None:
         try:

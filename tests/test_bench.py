@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -32,11 +31,12 @@ def bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_throughput_compares_the_maps_it_times(tmp_path: Path) -> None:
     import throughput
     from lrp_fast.data import open_source
+    from lrp_fast.pipeline import PipelineOptions
 
     loaded = throughput._model("embedded")
     source = open_source(throughput._photographs(tmp_path / "in", 6))
-    arguments = argparse.Namespace(batch_size=2, workers=0, levels=None, rounds=1)
-    result = throughput._compare(tmp_path, loaded, source, torch.device("cpu"), arguments)
+    options = PipelineOptions(batch_size=2, workers=0, levels=None)
+    result = throughput.compare(tmp_path, loaded, source, torch.device("cpu"), options, 1)
     assert 0.05 < result["pipeline_over_bare"] < 20
     assert sum(result["waited_for"].values()) == pytest.approx(1, abs=1e-3)
     assert not list(tmp_path.glob("store-*"))
@@ -45,7 +45,7 @@ def test_throughput_compares_the_maps_it_times(tmp_path: Path) -> None:
 def test_perturbation_compares_equal_numbers_of_passes() -> None:
     import perturbation
 
-    result = perturbation.measure("resnet18", 1, 50176, 2, 1)
+    result = perturbation.measure("resnet18", 1, 50176, 2, 0.1, torch.device("cpu"))
     assert result["forward_passes"] == {"rank": 2, "threshold": 2}
     assert all(0.05 < ratio < 20 for ratio in result["metric_over_forward"].values())
 
@@ -60,15 +60,15 @@ def build(model, images):
 
 contenders.CONTENDERS.append(contenders.Contender("broken", "ours", "LRP", build, "otsuki2024"))
 """
-"""A plugin for pytest: a contender of ours whose maps are wrong."""
+"""What every Python process imports at its start: a contender of ours whose maps are wrong."""
 
 
 def test_contenders_take_turns_and_no_speed_without_parity(tmp_path: Path) -> None:
     pytest.importorskip("captum", reason="a peer")
-    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
     output = tmp_path / "found.json"
     command = [
-        sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "broken", "--benchmark-quiet",
+        sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--benchmark-quiet",
         str(BENCH / "test_networks.py"), str(BENCH / "test_layers.py"), "--network", "cifar", "--side", "16",
         "--batch", "2", "--turns", "2", "--memory-calls", "3", "--output", str(output),
         "--contenders", "forward eager,captum LRP,conserving eager,broken",

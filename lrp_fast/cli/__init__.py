@@ -8,12 +8,10 @@ file here.
 
 from lrp_fast.cli import attribute, dataset, demo, evaluate, export, listing  # noqa: F401 - importing a command registers it
 from lrp_fast.cli.common import app
-from lrp_fast.memory import keep_freed_memory
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
     """Run the command line; the entry point ``lrp-fast``."""
-    keep_freed_memory()
     app()
