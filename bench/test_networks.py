@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Prepared:
-    """What is ready to run at the present batch size: each peer in a process of its own, ours in one together.
+    """What is ready to run at the present batch size, each program in a process of its own: torch, zennit, captum, …, ours.
 
     On a GPU all are in one: the processor's memory is not what counts there, and each process would take some of the GPU's.
     """
@@ -108,9 +108,9 @@ class Prepared:
             self.workers.popitem()[1].end()
 
     def _worker(self, contender: Contender) -> Worker:
-        """The process of a contender."""
-        shared = self.device.type == "cuda" or contender.kind == "ours"
-        name = "shared" if shared else contender.name
+        """The process of the program that a contender belongs to."""
+        program = "ours" if contender.kind == "ours" else contender.library or "torch"
+        name = "all" if self.device.type == "cuda" else program
         if name not in self.workers:
             with uninterrupted():  # between its start and the note that it is to be ended
                 self.workers[name] = Worker(keep_memory=self.measured.keeps_memory)
