@@ -362,6 +362,8 @@ class Counted:
 
 def forward_maps(operation: LinearOperation) -> int:
     """How many maps of the input are stacked in a layer's forward pass; what no image changes is computed once."""
+    if operation.packed is not None:
+        return len(operation.packed.forward)
     return sum(term.input not in FIXED_PARTS for term in operation.evaluated)
 
 

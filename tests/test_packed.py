@@ -12,6 +12,7 @@ from lrp_fast import LRP
 from lrp_fast.backends.packed import PackedConvolution, pack_forward, pack_transposed, packs
 from lrp_fast.backends.torch import LinearOperation, transposed_convolution
 from lrp_fast.layers import Convolution
+from lrp_fast.rules import AlphaBeta, Rule
 from networks import CifarResNet, calibrated, relative_error
 
 pytestmark = pytest.mark.skipif(
@@ -104,3 +105,48 @@ def test_explanations_run_on_packed_weights() -> None:
         assert "stacks" not in operation.__dict__  # nothing is kept twice
     body = [operation for operation in convolutions if operation.factored]
     assert all(operation.packed is not None and operation.packed.stabilized for operation in body)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "rule", [AlphaBeta(2.0, 1.0, 1e-3), AlphaBeta(1.5, 0.5, 1e-3), AlphaBeta(2.0, 1.0, 0.5)], ids=str
+)
+def test_negative_products_are_the_rest(rule: Rule, biased: bool, relu: bool) -> None:
+    """αβ takes two convolutions in float32: the layer's own and the positive products, whose ε has its sign."""
+    layer = Convolution("weight", "bias" if biased else None, None, (2, 1), (1, 1), (1, 1), 1)
+    parameters = {"weight": torch.randn(9, 6, 3, 3), "bias": torch.randn(9)}
+    parameters["weight"][4].abs_()  # no negative products, beside positive ones whose rounding exceeds ε
+    parameters["bias"][4] = 3e5 if biased else 0.0
+    x = torch.rand(2, 6, 11, 8).contiguous(memory_format=torch.channels_last)
+    whole = LinearOperation(layer, rule, True, parameters, True, torch.float32, "layer")
+    outputs = tuple(layer.apply(x, parameters["weight"], None).shape)
+    operation = whole.placed(tuple(x.shape), outputs, relu, True)
+    assert operation.packed is not None
+    assert (len(operation.packed.forward), len(operation.packed.derived)) == (2, 1)
+    value, z, output = operation.forward(x, relu)
+    gates = operation.gates(z, output, 1.0).groups
+
+    bias = parameters["bias"].double() if biased else torch.zeros(9, dtype=torch.float64)
+    own = layer.apply(x.double(), parameters["weight"].double(), bias)
+    assert relative_error(value, own.relu() if relu else own) <= 1e-6
+    assert bool((gates[1] < 0).all())
+    for gate, sign in zip(gates, (1, -1), strict=True):
+        parts = [(sign * v).clamp(min=0) * sign for v in (parameters["weight"].double(), bias)]
+        z_part = layer.apply(x.double(), *parts)
+        expected = 1 / (z_part + sign * rule.stabilizer.epsilon)
+        some = [
+            o for o in range(9) if o != 4 or sign > 0
+        ]  # where there are no products, any gate will do that is not 1 / 0
+        assert relative_error(gate[:, some], expected[:, some]) <= 1e-4
+
+
+def test_in_bfloat16_each_product_has_a_convolution() -> None:
+    layer = Convolution("weight", None, None, (1, 1), (1, 1), (1, 1), 1)
+    if not packs(layer, torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this processor's oneDNN has no bfloat16")
+    operation = LinearOperation(
+        layer, AlphaBeta(2.0, 1.0), True, {"weight": torch.randn(9, 6, 3, 3)}, True, torch.bfloat16, "layer"
+    ).placed((2, 6, 9, 7), (2, 9, 9, 7), True, True)
+    assert operation.packed is not None
+    assert (len(operation.packed.forward), operation.packed.derived) == (3, {})

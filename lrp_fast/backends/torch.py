@@ -338,6 +338,9 @@ class LinearOperation:
             for terms, weight, bias in self.stacks[part]:
                 y = self.layer.apply(source, weight, bias)
                 found |= zip(terms, y.chunk(len(terms), self.axis), strict=True)
+        if self.packed is not None:
+            for term, (whole, rest, most) in self.packed.derived.items():
+                found[term] = (found[whole] - found[rest]).clamp_(max=most)
         z = [_combine([(c, self._evaluate(term, found)) for term, c in terms]) for terms in self.groups]
         output = self._evaluate(self.output, found) if self.masked else None
         own = self._evaluate(self.own, found)
@@ -486,11 +489,13 @@ class LinearOperation:
 class PackedMaps:
     """The maps of an operation on a CPU, weights packed for one input shape: each term forward, each input part back.
 
-    ``heatmap``: back to the channel sum. ``relu``: the layer's own output comes rectified. ``stabilized``: its
-    denominators come with their ε, which went into the bias, each in a tensor of its own.
+    ``derived``: terms that are the difference of two others, at most some number. ``heatmap``: back to the channel sum.
+    ``relu``: the layer's own output comes rectified. ``stabilized``: its denominators come with their ε, which went into
+    the bias, each in a tensor of its own.
     """
 
     forward: dict[Term, PackedConvolution]
+    derived: dict[Term, tuple[Term, Term, float]]
     back: dict[InputPart, list[Callable[[Tensor], Tensor]]]
     heatmap: Callable[[Tensor], Tensor] | None
     relu: bool
@@ -510,9 +515,11 @@ class PackedMaps:
         plain = plain and bases == wanted and len(set(wanted)) == len(wanted)
         signs = [_sign(term, stabilizer, operation) for term in wanted]
         stabilized = alone and plain and all(signs)
+        derived = _derived(operation, stabilizer.epsilon if stabilized and isinstance(stabilizer, Stabilizer) else 0.0)
+        relu = relu and alone and not derived
         forward = {}
         for term in operation.evaluated:
-            if term.input in FIXED_PARTS:
+            if term.input in FIXED_PARTS or term in derived:
                 continue
             weight, bias = operation.affine(term)
             if stabilized and term != own:
@@ -520,7 +527,7 @@ class PackedMaps:
                 bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
                 bias = bias + signs[wanted.index(term)] * stabilizer.epsilon
             bias = None if bias is None else bias.to(dtype)
-            forward[term] = pack_forward(layer, weight.to(dtype), bias, shape, relu and alone and term == own)
+            forward[term] = pack_forward(layer, weight.to(dtype), bias, shape, relu and term == own)
 
         def back(weight: Tensor, channels: int) -> Callable[[Tensor], Tensor]:
             sent = (outputs[0], weight.shape[0], *outputs[2:])
@@ -528,7 +535,21 @@ class PackedMaps:
 
         backward = {part: [back(weight, shape[1]) for weight in operation.returned(part)] for part in operation.inputs}
         heatmap = None if operation.summed is None else back(operation.summed, 1)
-        return PackedMaps(forward, backward, heatmap, relu and alone, stabilized)
+        return PackedMaps(forward, derived, backward, heatmap, relu, stabilized)
+
+
+def _derived(operation: LinearOperation, epsilon: float) -> dict[Term, tuple[Term, Term, float]]:
+    """αβ's negative products as the layer's own output less the positive ones, instead of a third convolution.
+
+    ``epsilon``: what the positive ones hold of it, and with it the difference, of which more than −ε is rounding: rounding
+    in float32 of the larger two, which costs the β share of units whose negative products are small beside their positive
+    ones some digits, and nobody else. In bfloat16 it would cost all of them.
+    """
+    own = operation.own
+    bias = (None, None) if own.bias is None else (POSITIVE, NEGATIVE)
+    plus, minus = (Term(own.input, own.own, part, b) for part, b in zip((POSITIVE, NEGATIVE), bias, strict=True))
+    there = {own, plus, minus} <= set(operation.evaluated)
+    return {minus: (own, plus, -epsilon)} if there and operation.dtype == torch.float32 else {}
 
 
 def _sign(term: Term, stabilizer: Stabilizer | ZeroGuard, operation: LinearOperation) -> int:
