@@ -492,8 +492,7 @@ def test_the_page_shows_both_protocols_side_by_side(evaluated: _Evaluated) -> No
         assert line[0] == f"{row.name} control" if row.control else row.name
         for place, key in ((1, "rank_id"), (4, "threshold_id")):
             interval = row.intervals[key]
-            text = f"{number(key, interval.mean)}[{number(key, interval.low)}, {number(key, interval.high)}]"
-            assert line[place] == text
+            assert line[place] == number(key, interval.mean) + span(key, interval)
     assert [attributes.get("class") for attributes in page.all("tr")].count("control") == 3 + 3
     assert "no conclusion should rest on the threshold protocol alone" in html
     two = evaluated.scores("random-two-level").values
@@ -501,10 +500,7 @@ def test_the_page_shows_both_protocols_side_by_side(evaluated: _Evaluated) -> No
         assert f"{number('', two[f'{protocol}_id'].mean())} [" in html
     first, other = (evaluated.scores(name) for name in METHODS[:2])
     difference = bootstrap_difference(other.values["rank_id"], first.values["rank_id"])
-    assert paired[2][:2] == [
-        METHODS[1],
-        f"{number('', difference.mean)}[{number('', difference.low)}, {number('', difference.high)}]",
-    ]
+    assert paired[2][:2] == [METHODS[1], number("", difference.mean) + span("", difference)]
 
 
 def test_every_picture_of_the_page_is_there_and_nothing_from_outside(evaluated: _Evaluated) -> None:
