@@ -3,7 +3,7 @@
 A case builds, on any device (``meta`` too), its tensors, the launch (``run``) and the same work in plain torch on the
 same tensors (``eager``): library convolutions in the storage dtype, everything else in float32, as the torch backend
 does it. Random data without poles: inputs, messages and gates are not negative. ``precision`` goes to ``run``; what
-``eager`` computes float32 convolutions in is the caller's to set (:func:`lrp_fast.precision.float32_precision`).
+``eager`` computes float32 convolutions in is the caller's to set (:func:`lrp_fast.scopes.float32_precision`).
 
 In float32 both agree within 1e-5. In bfloat16 ``eager`` rounds a convolution before its pass and is itself off by 5e-3,
 and by 4e-2 where αβ or γ add two rounded stacks up.

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import records
 import tables
 from lrp_fast.memory import keep_freed_memory
-from lrp_fast.precision import float32_precision
+from lrp_fast.scopes import float32_precision
 
 DEFAULTS: dict[str, Any] = {
     "network": "resnet50", "side": 224, "batch": None, "contenders": None, "turns": 7, "memory_calls": 5, "keep_memory": False,

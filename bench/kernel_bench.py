@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cases import KernelCase, Prepared, kernel_cases, small_cases
-from lrp_fast.precision import float32_precision
+from lrp_fast.scopes import float32_precision
 from report import Cell, Results
 from timing import Budget, Device, OutOfTimeError, time_limit
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from contenders import network
 from kernel_bench import DTYPES, describe
 from lrp_fast import LRP, Attribution
-from lrp_fast.precision import float32_precision
+from lrp_fast.scopes import float32_precision
 from peers import captum_explainer, zennit_explainer
 from report import OURS, Cell, Results
 from settings import Setting, columns_of, images, settings

@@ -121,7 +121,7 @@ def work(keep_memory: bool) -> None:
 
     import torch
 
-    from lrp_fast.precision import float32_precision
+    from lrp_fast.scopes import float32_precision
 
     if keep_memory:
         from lrp_fast.memory import keep_freed_memory

@@ -50,12 +50,14 @@ def _range_kernel(heatmap_ptr, range_ptr, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _quantize_kernel(heatmap_ptr, range_ptr, quantized_ptr, size, levels, BLOCK: tl.constexpr):
-    first = tl.program_id(1).to(tl.int64) * size
-    pixels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(size, BLOCK)
+    image = tl.program_id(0) // blocks  # one grid dimension for both: only the first may be larger than 65,535
+    first = image.to(tl.int64) * size
+    pixels = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(heatmap_ptr + first + pixels, mask=pixels < size, other=0.0)
     one = tl.arange(0, 1)
-    low = tl.load(range_ptr + 2 * tl.program_id(1) + one)  # [1]
-    high = tl.load(range_ptr + 2 * tl.program_id(1) + 1 + one)
+    low = tl.load(range_ptr + 2 * image + one)  # [1]
+    high = tl.load(range_ptr + 2 * image + 1 + one)
     zero = tl.zeros((1,), tl.float64)
     floor = low
     result = tl.zeros((BLOCK,), tl.float32) + low
@@ -92,7 +94,7 @@ def quantize(heatmap: Tensor, levels: int = 8, *, block: int = 1024, num_warps: 
     """Heat quantization of each map (M, H, W) float32, contiguous and finite, to one of its ``levels`` (at least 2)."""
     size = heatmap.shape[1] * heatmap.shape[2]
     quantized = heatmap.new_empty(heatmap.shape)
-    _quantize_kernel[triton.cdiv(size, block), heatmap.shape[0]](
+    _quantize_kernel[(heatmap.shape[0] * triton.cdiv(size, block),)](
         heatmap, image_range(heatmap), quantized, size, levels, BLOCK=block, num_warps=num_warps, **EXACT
     )
     return quantized

@@ -116,7 +116,7 @@ class Explained:
         if decoded.inputs.device.type == "cuda":
             self._fields = {name: _to_pinned(values) for name, values in fields.items()}
             self._ready = torch.cuda.Event()
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(decoded.inputs.device))
 
     def rows(self, layout: Layout) -> Rows:
         """The rows of the store, once they are here; samples that failed are zero, with the reason."""

@@ -17,6 +17,7 @@ import torch.multiprocessing
 from lrp_fast.batches import PipelineError, Setup
 from lrp_fast.data import Source
 from lrp_fast.pipeline import OnBatch, OnFailure, Pipeline, PipelineOptions, Progress, bytes_per_image
+from lrp_fast.scopes import current_device
 from lrp_fast.store import WHOLE, Part, Store, StoreError
 
 
@@ -177,8 +178,9 @@ def _work(job: _Job, said: Any, stop: Any) -> None:
             raise KeyboardInterrupt
 
     try:
-        pipeline = Pipeline(job.setup, job.source, job.options, job.device, job.part)
-        found = pipeline.into(job.path, on_failure=lambda *what: tell("failure", what), on_batch=on_batch)
+        with current_device(job.device):
+            pipeline = Pipeline(job.setup, job.source, job.options, job.device, job.part)
+            found = pipeline.into(job.path, on_failure=lambda *what: tell("failure", what), on_batch=on_batch)
         ending: tuple[str, object] = ("end", found)
     except (StoreError, ValueError) as error:
         ending = ("error", error)

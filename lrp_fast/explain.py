@@ -22,7 +22,7 @@ from lrp_fast.engine import Program, bind_linears
 from lrp_fast.layers import Shape
 from lrp_fast.memory import keep_freed_memory
 from lrp_fast.plan import Unit
-from lrp_fast.precision import float32_precision
+from lrp_fast.scopes import current_device, float32_precision
 from lrp_fast.splits import Split, Splits, as_splits
 from lrp_fast.trace import check_eval, parameter_table, trace
 
@@ -204,8 +204,7 @@ class LRP:
             observed = {name: self.plan.find(name) for name in layers}
             targets = _targets(target, inputs.shape[0], self.device)
             explain = self._explain_reference if self.backend == "reference" else self._explain_torch
-            device_type = self.device.type
-            with torch.autocast(device_type, enabled=False), float32_precision(self.tf32):
+            with self._running():
                 return explain(inputs, targets, start, observed, relevance)
 
     def audit(self, inputs: Tensor, target: Target = None, start: StartArgument = None) -> Audit:
@@ -219,11 +218,12 @@ class LRP:
             targets = _targets(target, inputs.shape[0], self.device)
             self.plan.shapes(tuple(inputs.shape), parameters)
             double = _double(parameters)
-            values = reference.forward(self.plan, double, inputs.double())
-            begin, _, single = self._start(values[self.plan.output], targets, start)
-            if not single:
-                raise ValueError(f"an audit takes one target or start for each image, got {begin.shape[0]}")
-            result = self._reference_backward(double, values, begin[0])
+            with self._running():
+                values = reference.forward(self.plan, double, inputs.double())
+                begin, _, single = self._start(values[self.plan.output], targets, start)
+                if not single:
+                    raise ValueError(f"an audit takes one target or start for each image, got {begin.shape[0]}")
+                result = self._reference_backward(double, values, begin[0])
             return audit_rows(self.plan, self._assignments, result, begin[0])
 
     def describe(self, shape: Sequence[int] | None = None) -> str:
@@ -249,7 +249,8 @@ class LRP:
         if self.backend != "triton":
             return [self.backend] * len(self.plan.steps)
         if shape is not None:
-            program = self._program(torch.empty(tuple(shape), device=self.device), frozenset(), False).program
+            with self._running():
+                program = self._program(torch.empty(tuple(shape), device=self.device), frozenset(), False).program
         elif self._programs:
             program = next(reversed(self._programs.values())).program
         else:
@@ -268,7 +269,7 @@ class LRP:
             )
         with torch.inference_mode(False), torch.no_grad():
             self._check_inputs(inputs, self._refresh_if_changed())
-            with float32_precision(self.tf32):
+            with self._running():
                 program = self._program(inputs, frozenset(), False).program
                 report: str = _triton().tune(program.passes, inputs.shape[0], self._choices())
         self._programs.clear()
@@ -337,6 +338,13 @@ class LRP:
         return _triton().Choices.of_device(self.device)
 
     # Running.
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """What an explanation needs of the process: its own device and precision, and no autocast."""
+        no_autocast = torch.autocast(self.device.type, enabled=False)
+        with current_device(self.device), no_autocast, float32_precision(self.tf32):
+            yield
 
     def _explain_torch(
         self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
@@ -457,23 +465,34 @@ class _Runner:
 
     def __init__(self, program: Program, compile_passes: bool) -> None:
         self.program = program
-        self.forward: Callable[..., Any] = program.forward
-        self.backward: Callable[..., Any] = program.backward
+        self._passes: tuple[Callable[..., Any], Callable[..., Any]] = (program.forward, program.backward)
         if compile_passes:
-            self.forward = _compiled(program, Program.forward, "inputs")
-            self.backward = _compiled(program, Program.backward, "start")
+            self._passes = (
+                _compiled(program, Program.forward, "inputs"), _compiled(program, Program.backward, "start")
+            )  # fmt: skip
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Any]:
+        """Logits N × classes, and what the backward pass needs."""
+        found: tuple[Tensor, Any] = self._passes[0](inputs)
+        return found
+
+    def backward(self, tape: Any, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The relevance of the inputs and of what is observed, from ``start`` (maps · N) × classes."""
+        found: tuple[Tensor, dict[int, Tensor]] = self._passes[1](tape, start)
+        return found
 
 
 def _compiled(program: Program, function: Any, argument: str) -> Callable[..., Any]:
     """A method of a program, compiled for it alone; ``argument``: what may differ from call to call in shape or strides.
 
     All else is bound: to guard it again at every call takes torch longer than the arithmetic of a small picture. What is
-    compiled belongs to a code object, so each program has its own.
+    compiled belongs to a code object, so each program has its own, and must be one graph: behind a break torch goes on in
+    another code object, whose guards tell one step of the program from the next.
     """
     code = function.__code__.replace()
     own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     only: Any = {"guard_filter_fn": lambda guards: [guard.name == argument for guard in guards]}
-    return torch.compile(MethodType(own, program), dynamic=False, options=only)
+    return torch.compile(MethodType(own, program), fullgraph=True, dynamic=False, options=only)
 
 
 class _Recorded(_Runner):
@@ -485,49 +504,66 @@ class _Recorded(_Runner):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program, False)
-        self.forward, self.backward = self._replay_forward, self._replay_backward
-        self._onward: torch.cuda.CUDAGraph | None = None
-        self._back: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+        self._stream = torch.cuda.Stream()  # of this device: torch's own for recordings is of the first that recorded
+        self._onward: _Recording | None = None
+        self._back: dict[int, _Recording] = {}
 
-    def _replay_forward(self, inputs: Tensor) -> tuple[Tensor, None]:
+    def forward(self, inputs: Tensor) -> tuple[Tensor, None]:
         if self._onward is None:
-            self._record_forward(inputs)
-        assert self._onward is not None
-        self._inputs.copy_(inputs)
-        self._onward.replay()
-        return self._output.clone(), None
+            self._onward = self._record_forward(inputs)
+        output, _ = self._onward.replayed(inputs)
+        return output.clone(), None
 
-    def _replay_backward(self, tape: None, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    def backward(self, tape: None, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         if start.shape[0] not in self._back:
             self._back[start.shape[0]] = self._record_backward(start)
-        graph, begin, (relevance, at) = self._back[start.shape[0]]
-        begin.copy_(start)
-        graph.replay()
+        relevance, at = self._back[start.shape[0]].replayed(start)
         return relevance.clone(), {step: found.clone() for step, found in at.items()}
 
-    def _record_forward(self, inputs: Tensor) -> None:
-        self._inputs = inputs.clone()
-        with _on_a_side_stream():
+    def _record_forward(self, inputs: Tensor) -> _Recording:
+        given = inputs.clone()
+        with _aside(self._stream):
             for _ in range(2):  # kernels are compiled and libraries choose their algorithms before the recording
-                output, tape = self.program.forward(self._inputs)
+                output, tape = self.program.forward(given)
                 self.program.backward(tape, torch.zeros_like(output))
-        self._onward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._onward):
-            self._output, self._tape = self.program.forward(self._inputs)
+        del output, tape
+        return _Recording.of(lambda: self.program.forward(given), given, self._stream)
 
-    def _record_backward(self, start: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+    def _record_backward(self, start: Tensor) -> _Recording:
         assert self._onward is not None
-        begin, graph = start.clone(), torch.cuda.CUDAGraph()
-        with _on_a_side_stream():
-            self.program.backward(list(self._tape), begin)
-        with torch.cuda.graph(graph, pool=self._onward.pool()):
-            result = self.program.backward(list(self._tape), begin)
-        return graph, begin, result
+        given, (_, tape) = start.clone(), self._onward.result
+        with _aside(self._stream):
+            self.program.backward(list(tape), given)
+        pool = self._onward.graph.pool()
+        return _Recording.of(lambda: self.program.backward(list(tape), given), given, self._stream, pool)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A CUDA graph, the tensor it reads, and what it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    given: Tensor
+    result: Any
+
+    @staticmethod
+    def of(work: Callable[[], Any], given: Tensor, stream: torch.cuda.Stream, pool: Any = None) -> _Recording:
+        """``work`` as a graph. Other threads, such as those that pin memory, may go on using the device meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = work()
+        return _Recording(graph, given, result)
+
+    def replayed(self, values: Tensor) -> Any:
+        """The result for other values of what it reads; the next replay overwrites it."""
+        self.given.copy_(values)
+        self.graph.replay()
+        return self.result
 
 
 @contextmanager
-def _on_a_side_stream() -> Iterator[None]:
-    stream = torch.cuda.Stream()
+def _aside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """On another stream, after what was begun on this one and before what follows."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield

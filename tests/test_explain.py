@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrp_fast import LRP, Composite, Splits, TraceError, heat_quantize, list_composites
+from lrp_fast.engine import Program
 from lrp_fast.rules import Epsilon, Gamma
 from networks import CifarResNet, calibrated, relative_error
 
@@ -382,6 +389,102 @@ def test_compiled_is_the_same(model: nn.Module, images: Tensor) -> None:
     got = compiled.explain(images, layers=("blocks.0",))
     assert relative_error(got.relevance, expected.relevance) <= 1e-5
     assert relative_error(got.layers["blocks.0"], expected.layers["blocks.0"]) <= 1e-5
+
+
+def test_what_does_not_compile_as_one_graph_is_an_error(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a break in the graph torch would take one step's code for another's, and the map would be wrong."""
+    forward_unit = Program._forward_unit
+
+    def breaking(*arguments: Any) -> Any:
+        torch._dynamo.graph_break()
+        return forward_unit(*arguments)
+
+    monkeypatch.setattr(Program, "_forward_unit", breaking)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        LRP(model, compile=True).explain(images)
+
+
+class _Graph:
+    """Stands in for a CUDA graph: what it leaves is as it was when it was recorded."""
+
+    def pool(self) -> int:
+        return 0
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Recordings without a device, each with its arguments; the first one runs out of memory."""
+    begun: list[dict[str, Any]] = []
+
+    @contextmanager
+    def graph(graph: object, **options: Any) -> Iterator[None]:
+        begun.append(options)
+        yield
+        if len(begun) == 1:
+            raise torch.OutOfMemoryError("no memory")
+
+    stream = mock.Mock()
+    for name, stand_in in {
+        "CUDAGraph": _Graph, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: mock.Mock(),
+        "stream": lambda stream: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return begun
+
+
+def test_a_recording_that_fails_is_not_replayed(
+    model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]
+) -> None:
+    explainer = LRP(model, backend="torch")
+    explainer.cuda_graph = True
+    with pytest.raises(torch.OutOfMemoryError):
+        explainer.explain(images)
+    got = explainer.explain(images)
+    assert relative_error(got.relevance, LRP(model, backend="reference").explain(images).relevance) <= 1e-5
+    onward, again, back = recordings
+    assert onward == again
+    assert back["pool"] == 0
+    assert {options["capture_error_mode"] for options in recordings} == {"thread_local"}
+    explainer.explain(torch.randn_like(images))
+    assert len(recordings) == 3
+
+
+def test_a_recording_is_freed_at_once(model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]) -> None:
+    """It holds the memory of a whole explanation, which nobody should wait for a garbage collector to get back."""
+    recordings.append({})
+    explainer = LRP(model, backend="torch")
+    explainer.cuda_graph = True
+    explainer.explain(images)
+    held = [weakref.ref(runner) for runner in explainer._programs.values()]
+    gc.disable()
+    try:
+        explainer.refresh()
+        assert [runner() for runner in held] == [None]
+    finally:
+        gc.enable()
+
+
+def test_the_models_device_is_the_current_one(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within: list[torch.device] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        within.append(device)
+        yield
+
+    monkeypatch.setattr("lrp_fast.explain.current_device", current)
+    explainer = LRP(model)
+    explainer.explain(images)
+    explainer.audit(images)
+    LRP(model, backend="reference").explain(images)
+    assert within == [torch.device("cpu")] * 3
 
 
 def test_which_backend_ran(model: nn.Module, images: Tensor, caplog: pytest.LogCaptureFixture) -> None:

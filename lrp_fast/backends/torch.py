@@ -568,7 +568,9 @@ def _sign(term: Term, stabilizer: Stabilizer | ZeroGuard, operation: LinearOpera
 
 
 def quotient(numerator: Tensor | float, z: Tensor) -> Tensor:
-    """``numerator / z``, in the memory of z."""
+    """``numerator / z``, in the memory of z; where a program is compiled, its compiler says in whose."""
+    if torch.compiler.is_compiling():
+        return numerator / z
     above = numerator if isinstance(numerator, Tensor) else torch.tensor(numerator, dtype=z.dtype)
     return torch.div(above, z, out=z)
 

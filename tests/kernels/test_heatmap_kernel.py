@@ -73,6 +73,12 @@ def test_maps_of_few_units_in_the_last_place() -> None:
 
 
 @gpu
+def test_more_maps_than_a_grid_has_rows() -> None:
+    heatmap = normal(70_000, 3, 3)
+    assert torch.equal(quantize(heatmap).cpu(), heat_quantize(heatmap.cpu()))
+
+
+@gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_maps_at_full_size(dtype: torch.dtype) -> None:
     relevance = normal(16, 224, 224, 3, dtype=dtype)

@@ -26,6 +26,7 @@ from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, Denominators, End,
 from lrp_fast.kernels.spatial_conv import pack_backward
 from lrp_fast.layers import Convolution, MaxPool, Shape
 from lrp_fast.rules import Stabilizer, ZeroGuard
+from lrp_fast.scopes import current_device
 
 Ends = tuple[End, ...]
 GUARDED = Denominators("own", stabilizer="guard")
@@ -45,7 +46,8 @@ def channel_sum(relevance: Tensor) -> Tensor:
 def quantize(heatmap: Tensor, levels: int) -> Tensor:
     """Heat quantization of maps … × H × W, float32 and finite, to one of ``levels`` levels each."""
     maps = heatmap.reshape(-1, *heatmap.shape[-2:]).contiguous()
-    return launch("quantize", [maps], configuration(levels=levels))[0].reshape(heatmap.shape)
+    with current_device(maps.device):
+        return launch("quantize", [maps], configuration(levels=levels))[0].reshape(heatmap.shape)
 
 
 def gate_ends(gates: Tensor, denominators: Denominators) -> Ends:

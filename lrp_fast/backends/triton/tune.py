@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from lrp_fast.backends.passes import Passes
 from lrp_fast.backends.triton.binding import LIBRARY, Direction, has_wide_groups, task_of
@@ -17,7 +18,9 @@ from lrp_fast.backends.triton.passes import FusedLinear
 from lrp_fast.kernels import pointwise_conv, spatial_conv
 from lrp_fast.kernels.common import Arrival, End
 
-REPEATS = 5
+REPEATS, CALLS = 5, 4
+BUSY_CYCLES = 2_000_000
+"""About a millisecond."""
 
 
 def tune(
@@ -97,17 +100,20 @@ def _work(layer: FusedLinear, direction: Direction, batch: int) -> Callable[[], 
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """The median time of a call on the GPU, after a first one that compiles; infinite where memory runs out."""
+    """The median time of a call on the GPU, after a first one that compiles; infinite where memory runs out, the device's
+    or that of a multiprocessor."""
     try:
         work()
         times = []
         for _ in range(REPEATS):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(BUSY_CYCLES)  # while the GPU is busy Python gets ahead, so that its own time is not in it
             start.record()
-            work()
+            for _ in range(CALLS):
+                work()
             stop.record()
             stop.synchronize()
-            times.append(start.elapsed_time(stop))
+            times.append(start.elapsed_time(stop) / CALLS)
         return statistics.median(times)
-    except torch.cuda.OutOfMemoryError:
+    except (torch.cuda.OutOfMemoryError, OutOfResources):
         return math.inf

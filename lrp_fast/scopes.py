@@ -1,12 +1,17 @@
-"""The scoped precision of float32 convolutions and matrix products."""
+"""What is set for the whole process, while something of ours runs and no longer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one: where Triton launches kernels, and streams, events and graphs are made; else nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

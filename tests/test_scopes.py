@@ -11,7 +11,7 @@ from test_composites import SmallResNet
 from torch import Tensor
 
 from lrp_fast import LRP
-from lrp_fast.precision import float32_precision
+from lrp_fast.scopes import float32_precision
 
 backends: Any = torch.backends
 SETTINGS = {
