@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._inductor.config
 from triton.runtime.jit import JITFunction
 
 from contenders import network
@@ -29,9 +30,12 @@ from kernel_bench import BATCH, DTYPES, plan
 from network_bench import explainer_of, run_of
 from settings import COMPILED, HEADLINE, Setting, images
 
-MOST_WORKERS = 8
+COLUMNS = [(setting, column) for setting in COMPILED for column in ("torch compiled", "forward compiled")]
+MOST_WORKERS = 6
 FEWEST_PROCESSORS = 4
-WORKERS_MEMORY, COLUMNS_MEMORY = 0.05, 0.25
+COMPILERS = 4
+"""Processes that torch.compile may start for one column."""
+WORKERS_MEMORY, COLUMNS_MEMORY = 0.05, 0.2
 """The shares of the device's memory that one process may take: the GPU tests need some too."""
 COMMAND = (sys.executable, str(pathlib.Path(__file__).with_name("gpu_check.py")), "--ahead")
 
@@ -41,25 +45,26 @@ def jobs() -> list[str]:
     processors = len(os.sched_getaffinity(0))
     if processors < FEWEST_PROCESSORS:
         return []
-    workers = min(processors - 2 - len(COMPILED), MOST_WORKERS) or 1
-    return [f"compiled {index}" for index in range(len(COMPILED))] + [
-        f"kernels {index} {workers}" for index in range(workers)
-    ]
+    workers = max(1, min(processors - 2 - len(COLUMNS), MOST_WORKERS))
+    columns = [f"compiled {index}" for index in range(len(COLUMNS))]
+    return columns + [f"kernels {index} {workers}" for index in range(workers)]
 
 
 class CompileAhead:
-    """Jobs under way; leaving the block ends what has not ended."""
+    """Jobs under way, which write to ``log``; leaving the block ends what has not ended."""
 
-    def __init__(self, jobs: Sequence[str], command: Sequence[str] = COMMAND) -> None:
-        self.jobs, self.command = jobs, command
+    def __init__(self, jobs: Sequence[str], log: pathlib.Path, command: Sequence[str] = COMMAND) -> None:
+        self.jobs, self.log, self.command = jobs, log, command
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> CompileAhead:
-        for job in self.jobs:
-            process = subprocess.Popen(
-                [*self.command, job], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-            )
-            self._processes.append(process)
+        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)}
+        with self.log.open("wb") as output:
+            for job in self.jobs:
+                process = subprocess.Popen(
+                    [*self.command, job], stdout=output, stderr=output, env=environment, start_new_session=True
+                )
+                self._processes.append(process)
         return self
 
     def wait(self, seconds: float) -> str:
@@ -82,20 +87,23 @@ class CompileAhead:
 
 def run_job(job: str) -> None:
     """In a process of its own: one of :func:`jobs`."""
+    torch.set_num_threads(1)  # all processes begin by making networks on the processor
+    # What torch.compile measures to choose a kernel's blocks is not kept: here others have the GPU too.
+    inductor: Any = torch._inductor.config
+    inductor.autotune_local_cache = False
     kind, *rest = job.split()
     if kind == "kernels":
         compile_kernels(int(rest[0]), int(rest[1]))
     else:
-        compile_columns(COMPILED[int(rest[0])])
+        compile_column(*COLUMNS[int(rest[0])])
 
 
-def compile_columns(setting: Setting) -> None:
-    """The compiled columns of one setting."""
+def compile_column(setting: Setting, column: str) -> None:
+    """A compiled column of one setting."""
     torch.cuda.set_per_process_memory_fraction(COLUMNS_MEMORY)
     device = torch.device("cuda")
     model, x = network(setting.network, device), images(device, setting.precision, setting.batch, 224)
-    for column in ("forward compiled", "torch compiled"):
-        run_of(column, setting, model, x)()
+    run_of(column, setting, model, x)()
 
 
 def compile_kernels(index: int, count: int) -> None:

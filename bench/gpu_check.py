@@ -3,7 +3,7 @@
     python3 bench/gpu_check.py [--minutes 8] [--full] [--resume] [--dry-run] [--output FOLDER] [--no-tests] …
 
 Runs from a raw checkout and needs torch, triton, torchvision and pytest; zennit and captum are compared with where they
-can be imported. Writes at most five files to ``--output``, ``$OUT`` or ``bench/results``, again after every measurement, so
+can be imported. Writes at most six files to ``--output``, ``$OUT`` or ``bench/results``, again after every measurement, so
 that an interrupted run loses nothing. Exit code 0: all parity checks and GPU tests passed; 1: one did not; 2: there is no
 CUDA device; 130: interrupted. Missed targets and whatever time did not suffice for are entries, not failures.
 
@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
+import importlib
 import importlib.util
 import math
 import os
 import pathlib
+import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,9 +34,11 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
-PACKAGES = ("torch", "triton", "torchvision", "zennit", "captum")
-TESTS = ("-m", "gpu", "-q", "tests/kernels", "tests/test_triton_backend.py")
-"""Where the GPU tests are: other tests import what a machine with no more than the above does not have."""
+TESTS = ("-m", "gpu", "-v", "--tb=short", "-W", "default", "tests/test_triton_backend.py", "tests/kernels")
+"""Where the GPU tests are: other tests import what a machine with no more than the above does not have. What libraries
+warn of on a device is not ours to fail on."""
+MOST_TESTERS = 4
+"""Processes the tests are spread over, where pytest-xdist is there: most of their time is compiling."""
 STAGES = ("tests", "ahead", "kernels", "networks", "tune")
 TESTS_SHARE, KERNELS_SHARE = 0.35, 0.5
 """The shares of the budget that are spent when the GPU tests, and then the kernel table, must have ended."""
@@ -89,10 +93,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace, device: Any) -> int:
     """Run the stages one after another; results are on disk after each."""
+    import records
     from report import Results
     from timing import Budget, DeviceLostError
 
-    budget, versions, code = Budget(options.minutes), _versions(), code_state()
+    # Imported within a time limit and interrupted there, it would be left half imported.
+    importlib.import_module("torch._inductor.compile_fx")
+    budget, versions, code = Budget(options.minutes), records.versions(), code_state()
     # What is measured for choosing kernels belongs to this code alone.
     os.environ.setdefault("LRP_FAST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / f"lrp_fast-gpu-check-{code}"))
     results = Results(options.output, device.name, _short(versions), code)
@@ -130,13 +137,14 @@ def _stages(options: argparse.Namespace, device: Any, results: Any, budget: Any)
 
     budget.say(f"{results.run['environment']}")
     results.write()
-    with CompileAhead([] if device.dry or options.no_ahead else jobs()) as ahead:
+    log = pathlib.Path(tempfile.gettempdir()) / "lrp_fast-compile-ahead.log"
+    with CompileAhead([] if device.dry or options.no_ahead else jobs(), log) as ahead:
         if not options.no_tests:
             budget.say("GPU tests")
-            results.run["tests"] = run_tests(options.tests, budget.remaining(TESTS_SHARE))
+            results.run["tests"] = run_tests(options.tests, results.log_path, budget.remaining(TESTS_SHARE))
             budget.say(results.run["tests"]["summary"])
             results.write()
-        budget.say(f"compiled ahead: {ahead.wait(budget.remaining(TESTS_SHARE))}")
+        budget.say(f"compiled ahead: {ahead.wait(budget.remaining(TESTS_SHARE))}; {log}")
     if not options.no_kernels:
         budget.say("kernels")
         measure_kernels(results, device, budget, KERNELS_SHARE, options.full)
@@ -147,21 +155,32 @@ def _stages(options: argparse.Namespace, device: Any, results: Any, budget: Any)
         measure_kernels(results, device, budget, 1.0, options.full)  # what was left out for the networks' sake
 
 
-def run_tests(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """pytest in a process of its own: its summary line and exit code."""
+def run_tests(arguments: Sequence[str], log: pathlib.Path, seconds: float) -> dict[str, Any]:
+    """pytest in processes of its own, writing to ``log``: its summary line, its exit code and what failed, ended or not."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", *arguments]
-    timeout = None if math.isinf(seconds) else seconds
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"exit code": None, "summary": f"did not end within {seconds:.0f} s"}
-    lines = [line for line in done.stdout.splitlines() if line.strip()] or done.stderr.splitlines()[-1:]
-    found: dict[str, Any] = {"exit code": done.returncode, "summary": lines[-1] if lines else "no output"}
-    if done.returncode:
-        found["failed"] = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:50]
-        print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(MOST_TESTERS, len(os.sched_getaffinity(0))))]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(None if math.isinf(seconds) else seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that the tests are spread over
+                process.wait()
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    summary = (lines[-1].strip("= ") if lines else "no output") if code is not None else f"not done in {seconds:.0f} s"
+    found: dict[str, Any] = {"exit code": code, "summary": summary}
+    if code != 0:
+        found["failed"] = [line for line in lines if re.search(r"\b(FAILED|ERROR)\b", line)][:50]
+        print(*lines[-100:], sep="\n", file=sys.stderr)
     return found
 
 
@@ -180,14 +199,6 @@ def _run_ahead(job: str) -> int:
 
     run_job(job)
     return 0
-
-
-def _versions() -> dict[str, str]:
-    """Of the packages that can be imported."""
-    import torch
-
-    found = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    return {"python": sys.version.split()[0]} | found | {"torch": torch.__version__}
 
 
 def _short(versions: dict[str, str]) -> str:

@@ -53,6 +53,11 @@ class Row:
         """The row by name."""
         return f"{self.case.name}, {self.precision}"
 
+    @property
+    def known(self) -> Cell:
+        """What a cell says of the row before anything is measured."""
+        return {"kernel": self.case.kernel, "count": self.case.count, "precision": self.precision}
+
 
 def measure_kernels(results: Results, device: Device, budget: Budget, share: float, full: bool = False) -> None:
     """Measure the rows that are not there yet until ``share`` of the budget is spent."""
@@ -64,7 +69,9 @@ def measure_kernels(results: Results, device: Device, budget: Budget, share: flo
             results.leave_out(f"kernel {row.key}")
             continue
         _measure_rates(rates, device, row.precision)
-        cells[row.key] = measure_row(row, device, rates, budget.remaining(share))
+        with results.attempting(cells, row.key, **row.known):
+            found = measure_row(row, device, rates, budget.remaining(share))
+        cells[row.key] = found
         results.take_in(f"kernel {row.key}")
         results.write()
         device.check()
@@ -95,7 +102,7 @@ def _weight(case: KernelCase) -> tuple[float, float]:
 
 def measure_row(row: Row, device: Device, rates: Cell, seconds: float) -> Cell:
     """Parity first; a kernel that fails it gets no speed. Errors become entries."""
-    cell: Cell = {"kernel": row.case.kernel, "count": row.case.count, "precision": row.precision}
+    cell = row.known
     try:
         with float32_precision(row.precision == "tf32"):
             batch = DRY_BATCH if device.dry else BATCH

@@ -38,8 +38,8 @@ from lrp_fast import LRP
 from lrp_fast.backends.torch import LinearOperation, MergeOperation, ProportionalPool, WinnerPool
 from lrp_fast.engine import Program
 from lrp_fast.layers import Convolution, Linear, Reshape
-from lrp_fast.scopes import float32_precision
 from lrp_fast.rules import FIXED_PARTS
+from lrp_fast.scopes import float32_precision
 from lrp_fast.trace import parameter_table
 
 Run = Callable[[], Any]

@@ -148,7 +148,8 @@ class Bench:
         found: dict[str, Cell] = {}
         with float32_precision(self.setting.precision == "tf32"):
             for name in names:
-                found[name], run = self._prepare(name)
+                with self.results.attempting(self.cells, name):
+                    found[name], run = self._prepare(name)
                 if run is not None:
                     runs[name] = run
                     continue

@@ -15,8 +15,8 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = {
-    "torch": "torch", "triton": "triton", "zennit": "zennit", "captum": "captum", "pytorch_grad_cam": "grad-cam",
-    "lrp_fast": "lrp-fast",
+    "torch": "torch", "triton": "triton", "torchvision": "torchvision", "zennit": "zennit", "captum": "captum",
+    "pytorch_grad_cam": "grad-cam", "lrp_fast": "lrp-fast",
 }  # fmt: skip
 """What versions are told of: module and distribution."""
 
@@ -62,11 +62,16 @@ def device_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python's and the packages', as far as they are there."""
-    found = {
-        name: importlib.metadata.version(name) for module, name in PACKAGES.items() if importlib.util.find_spec(module)
-    }
+    """Python's and the packages', as far as they are there; "unknown" of what was not installed but only lies on the path."""
+    found = {name: _version(name) for module, name in PACKAGES.items() if importlib.util.find_spec(module)}
     return {"python": platform.python_version()} | found | {"torch": torch.__version__}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def device() -> dict[str, object]:

@@ -1,14 +1,16 @@
 """What a GPU check found: kept as JSON while it runs, shown as one Markdown table at the end.
 
 Files: ``<device>-kernels-<versions>.json`` and ``<device>-<precision>-<versions>.json`` for bfloat16, float32 and tf32, and
-``<device>-<versions>.md``. A cell holds numbers, or under ``entry`` the reason why there are none.
+``<device>-<versions>.md``; what the GPU tests print is in ``<device>-tests-<versions>.log``. A cell holds numbers, or under
+``entry`` the reason why there are none.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 Cell = dict[str, Any]
@@ -42,6 +44,11 @@ class Results:
         return self.folder / f"{self.device}-{self.versions}.md"
 
     @property
+    def log_path(self) -> pathlib.Path:
+        """What the GPU tests print."""
+        return self.folder / f"{self.device}-tests-{self.versions}.log"
+
+    @property
     def run(self) -> Cell:
         """What concerns the whole run: environment, tests, measured rates, what was left out."""
         return self.files["kernels"]
@@ -73,6 +80,19 @@ class Results:
     def has(self, precision: str, setting: str, column: str) -> bool:
         """Whether there is a cell."""
         return column in self.files[precision]["cells"].get(setting, {})
+
+    @contextmanager
+    def attempting(self, cells: dict[str, Cell], name: str, **known: object) -> Iterator[None]:
+        """Within, a cell that is not there yet says that the process ended: so that no later run ends the same way."""
+        if name in cells:
+            yield
+            return
+        cells[name] = known | {"entry": "the process ended or hung", "failed": True}
+        self.write()
+        try:
+            yield
+        finally:
+            del cells[name]
 
     def leave_out(self, what: str, why: str = "no time left") -> None:
         """Record what was not measured."""

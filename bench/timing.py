@@ -201,7 +201,7 @@ class Cuda(Device):
     def profiled(self, run: Run) -> tuple[list[tuple[str, int, float]], float]:
         """By CUPTI's records of kernels and copies."""
         seconds = self.wall(run, 1)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             run()
             torch.cuda.synchronize()
         return _rows(profile, torch.autograd.DeviceType.CUDA, "self_device_time_total"), seconds
@@ -239,7 +239,7 @@ class Host(Device):
     def profiled(self, run: Run) -> tuple[list[tuple[str, int, float]], float]:
         """Of operators instead of kernels."""
         begin = time.perf_counter()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             run()
         seconds = time.perf_counter() - begin
         return _rows(profile, torch.autograd.DeviceType.CPU, "self_cpu_time_total"), seconds

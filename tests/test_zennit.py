@@ -49,7 +49,7 @@ def zennit_map(model: nn.Module, canonizer: object, composite: str, images: Tens
         # Merged into its convolution, a batch norm stays behind and divides by √(1 + eps) once more: 5e-6 for each layer.
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.eps = 0.0
+                module.eps = 1e-30  # no zero: torch 2.11 refuses it
         _, relevance = attributor(images.clone().requires_grad_(), start)
     return relevance.detach()
 
