@@ -47,26 +47,35 @@ Pair = tuple[int, int]
 
 #         rows columns inner warps stages
 TABLE: dict[tuple[str, int], list[tuple[int, int, int, int, int]]] = {
-    ("half", 1): [(128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 4)],
+    ("half", 1): [(128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 8, 4), (64, 128, 64, 4, 4)],
     ("half", 2): [(128, 64, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4)],
+    ("half", 3): [(64, 128, 64, 8, 3), (64, 64, 64, 8, 3), (128, 32, 64, 8, 3)],
     ("half", 4): [(128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 64, 64, 8, 3)],
     ("half", 6): [(64, 64, 64, 8, 3), (64, 32, 64, 4, 4)],
     ("tf32", 1): [(128, 64, 32, 8, 4), (128, 128, 32, 8, 3), (64, 64, 32, 4, 4)],
     ("tf32", 2): [(128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 4)],
-    ("tf32", 4): [(128, 32, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("tf32", 3): [(128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("tf32", 4): [(128, 32, 32, 8, 4), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("tf32", 6): [(64, 64, 32, 8, 4), (64, 32, 32, 4, 4)],
     ("ieee", 1): [(64, 64, 16, 4, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3)],
     ("ieee", 2): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
+    ("ieee", 3): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
     ("ieee", 4): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
     ("ieee", 6): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
 }
+
+
+def tiles_of(denominators: Denominators) -> int:
+    """What a program of :func:`gated` holds at once, for :func:`candidates`: its stacks, and two gates count as a third."""
+    return denominators.stacks if denominators.groups == 1 else 3
 
 
 def candidates(columns: int, inner: int, tiles: int, dtype: torch.dtype, precision: Precision) -> list[Blocks]:
     """What is worth trying for ``columns`` of the result and K = ``inner`` a tap, both of one group; first the default.
 
     ``tiles``: how much a program holds at once, which decides how large a tile may be before registers spill: the
-    ends of :func:`backward`, S for :func:`gated`, 2 · S for :func:`merged`, and 6 if it writes two gates for each branch.
+    ends of :func:`backward`, :func:`tiles_of` for :func:`gated`; 2 · S for :func:`merged`, and 6 if it writes two gates
+    for each branch.
     """
     widest, deepest = (max(16, triton.next_power_of_2(size)) for size in (columns, inner))
     found = TABLE["half" if dtype.itemsize == 2 else precision, tiles]
@@ -193,7 +202,7 @@ def gated(
     ``over_value``: the gate's numerator is the value, else one. ValueError for a zero-guard or narrow groups.
     """
     blocks, shape, arguments = _forward(
-        x, weight, denominators, stride, padding, dilation, groups, denominators.stacks, precision, blocks
+        x, weight, denominators, stride, padding, dilation, groups, tiles_of(denominators), precision, blocks
     )
     value = x.new_empty(*shape)
     gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)

@@ -69,7 +69,8 @@ def _candidates(layer: FusedLinear, direction: Direction, batch: int) -> Iterato
         rows = batch * height * width
         blocks = pointwise_conv.candidates(rows, columns, inner, stacks, dtype, precision, capability)
     else:
-        blocks = spatial_conv.candidates(columns // groups, inner // groups, stacks, dtype, precision)
+        tiles = spatial_conv.tiles_of(layer.denominators) if forward else 1
+        blocks = spatial_conv.candidates(columns // groups, inner // groups, tiles, dtype, precision)
     yield from (Choice("fused", one) for one in blocks)
 
 
