@@ -56,12 +56,14 @@ class Program:
     """A bound plan. ``shapes`` are those of every step for one input shape; ``observed`` are steps to report.
 
     With ``heatmap`` the input's relevance may come summed over channels (one channel) where that is cheaper. ``serve``
-    may take over units: it gives for each its passes, or the reason why it has none.
+    may take over units: it gives for each its passes, or the reason why it has none. ``maps``: how many there will be of
+    each image; others are as right, but on a CPU have the weights brought into oneDNN's layout at every call.
     """
 
     def __init__(
         self, plan: Plan, assignments: Sequence[Assignment], linears: Mapping[int, LinearOperation], shapes: tuple[Shape, ...],
         like: Tensor, observed: frozenset[int] = frozenset(), heatmap: bool = False, serve: Serve | None = None,
+        maps: int = 1,
     ) -> None:  # fmt: skip
         self.plan, self.shapes, self.dtype = plan, shapes, like.dtype
         self.operations: list[Operation] = []
@@ -73,7 +75,9 @@ class Program:
             operation = self.operations[unit.step]
             if isinstance(operation, LinearOperation):
                 shape = shapes[plan.steps[unit.step].inputs[0]]
-                self.operations[unit.step] = operation.placed(shape, shapes[unit.step], unit.relu, serve is None)
+                count, *rest = shapes[unit.step]
+                message = (maps * count, *rest)
+                self.operations[unit.step] = operation.placed(shape, message, unit.relu, serve is None)
         self.position = {}
         for place, unit in enumerate(self.units):
             self.position[unit.step] = place

@@ -31,7 +31,7 @@ logger = logging.getLogger("lrp_fast")
 BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 PROGRAMS_KEPT = 4
-"""How many input shapes (with their layers asked for) stay bound at once: on a CPU each has its own packed weights."""
+"""How many input shapes (with their layers and number of maps) stay bound at once: on a CPU each has its own packed weights."""
 
 LARGEST_TENSOR = 32 * 2**20
 """Bytes of a tensor that glibc may keep for the next one (its largest threshold for mapping memory directly)."""
@@ -306,9 +306,10 @@ class LRP:
             self.device, self.dtype = self._place(parameters)
         return parameters
 
-    def _program(self, inputs: Tensor, observed: frozenset[int], heatmap: bool) -> _Runner:
+    def _program(self, inputs: Tensor, observed: frozenset[int], heatmap: bool, maps: int = 1) -> _Runner:
         shape = tuple(inputs.shape)
-        key = (shape, observed, heatmap)
+        maps = maps if self.device.type == "cpu" else 1
+        key = (shape, observed, heatmap, maps)
         runner = self._programs.pop(key, None)
         if runner is None:
             parameters = parameter_table(self.model, self.plan)
@@ -318,7 +319,7 @@ class LRP:
             shapes = self.plan.shapes(shape, parameters)
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             serve = self._serve if self.backend == "triton" else None
-            program = Program(self.plan, self._assignments, self._linears, shapes, like, observed, heatmap, serve)
+            program = Program(self.plan, self._assignments, self._linears, shapes, like, observed, heatmap, serve, maps)
             runner = _Recorded(program) if self.cuda_graph else _Runner(program, self.compile)
         self._programs[key] = runner
         while len(self._programs) > PROGRAMS_KEPT:
@@ -365,15 +366,15 @@ class LRP:
         if size not in self._largest:
             shapes = self.plan.shapes(tuple(inputs.shape), parameter_table(self.model, self.plan))
             self._largest[size] = max(math.prod(shape[1:]) for shape in shapes)
-        maps = 1 if targets.classes is None else targets.classes.shape[1]
-        largest = self._largest[size] * self.dtype.itemsize * maps
+        largest = self._largest[size] * self.dtype.itemsize * targets.maps
         pieces = -(-len(inputs) // max(1, LARGEST_TENSOR // largest))
         return -(-len(inputs) // pieces)
 
     def _explain_piece(
         self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
     ) -> Attribution:
-        runner = self._program(inputs, frozenset(observed.values()), heatmap=not relevance)
+        given = start.shape[1] if isinstance(start, Tensor) and start.ndim == 3 else targets.maps
+        runner = self._program(inputs, frozenset(observed.values()), not relevance, given)
         output, tape = runner.forward(inputs)
         begin, classes, single = self._start(output, targets, start)
         maps = begin.shape[0]
@@ -575,6 +576,11 @@ class _Targets(NamedTuple):
 
     classes: Tensor | None
     single: bool
+
+    @property
+    def maps(self) -> int:
+        """How many of each image."""
+        return 1 if self.classes is None else self.classes.shape[1]
 
     def split(self, count: int, images: int) -> list[_Targets]:
         """Those of every ``count`` of all the images."""

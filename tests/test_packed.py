@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lrp_fast import LRP
 from lrp_fast.backends.packed import PackedConvolution, pack_forward, pack_transposed, packs
-from lrp_fast.backends.torch import LinearOperation, transposed_convolution
-from lrp_fast.layers import Convolution
+from lrp_fast.backends.torch import LinearOperation, PackedMaps, transposed_convolution
+from lrp_fast.layers import Convolution, Shape
 from lrp_fast.rules import AlphaBeta, Rule
 from networks import CifarResNet, calibrated, relative_error
 
@@ -90,6 +90,30 @@ def test_what_is_packed() -> None:
     assert not packs(flat, cpu, torch.float64)
     assert not packs(flat, torch.device("cuda"), torch.float32)
     assert not packs(Convolution("weight", None, None, (1,), (0,), (1,), 1), cpu, torch.float32)
+
+
+def test_weights_are_packed_for_the_maps_that_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any other number of maps oneDNN would bring the weights into another layout at every call."""
+    packed: list[int] = []
+    pack = PackedMaps.of
+
+    def recorded(operation: LinearOperation, shape: Shape, message: Shape, relu: bool) -> PackedMaps:
+        packed.append(message[0])
+        return pack(operation, shape, message, relu)
+
+    monkeypatch.setattr(PackedMaps, "of", recorded)
+    model = calibrated(CifarResNet(1), 3, (8, 3, 16, 16))
+    x = torch.randn(3, 3, 16, 16)
+    explainer, exact = LRP(model, backend="torch"), LRP(model, backend="reference")
+    requests = [({}, 3), ({"target": [[0, 1]] * 3}, 6), ({"start": torch.rand(3, 4, 10)}, 12)]
+    for request, rows in [*requests, *requests]:
+        packed.clear()
+        got = explainer.explain(x, **request)
+        assert set(packed) <= {rows}
+        assert relative_error(got.relevance, exact.explain(x, **request).relevance) <= 1e-5
+        assert {key[-1] for key in explainer._programs} >= {rows // 3}  # type: ignore[index]
+    assert not packed
+    assert len(explainer._programs) == 3
 
 
 def test_explanations_run_on_packed_weights() -> None:

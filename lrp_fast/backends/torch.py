@@ -187,15 +187,15 @@ class LinearOperation:
         bound._constants = {}
         return bound
 
-    def placed(self, shape: Shape, outputs: Shape, relu: bool, pack: bool) -> LinearOperation:
-        """This operation with all ready that can be made before inputs of ``shape`` come.
+    def placed(self, shape: Shape, message: Shape, relu: bool, pack: bool) -> LinearOperation:
+        """This operation with all ready that can be made before inputs of ``shape`` come, and messages to its outputs.
 
         ``relu``: one follows it; ``pack``: where weights can be packed, they are.
         """
         placed = self
         if pack and isinstance(self.layer, Convolution) and packs(self.layer, self.device, self.dtype):
             placed = copy.copy(self)
-            placed.packed = PackedMaps.of(self, shape, outputs, relu)
+            placed.packed = PackedMaps.of(self, shape, message, relu)
         else:
             _ = self.stacks, self.transposes, self.summed
         _ = placed.window
@@ -502,8 +502,8 @@ class PackedMaps:
     stabilized: bool
 
     @staticmethod
-    def of(operation: LinearOperation, shape: Shape, outputs: Shape, relu: bool) -> PackedMaps:
-        """Pack an operation for inputs of ``shape`` (N, C, H, W) and ``outputs`` (N, M, Ho, Wo)."""
+    def of(operation: LinearOperation, shape: Shape, message: Shape, relu: bool) -> PackedMaps:
+        """Pack an operation for inputs of ``shape`` (N, C, H, W) and messages (maps · N, M, Ho, Wo)."""
         layer, dtype = operation.layer, operation.dtype
         assert isinstance(layer, Convolution)
         own, stabilizer = operation.own, operation.rule.stabilizer
@@ -530,8 +530,8 @@ class PackedMaps:
             forward[term] = pack_forward(layer, weight.to(dtype), bias, shape, relu and term == own)
 
         def back(weight: Tensor, channels: int) -> Callable[[Tensor], Tensor]:
-            sent = (outputs[0], weight.shape[0], *outputs[2:])
-            return pack_transposed(layer, weight.to(dtype), (shape[0], channels, *shape[2:]), sent)
+            sent = (message[0], weight.shape[0], *message[2:])
+            return pack_transposed(layer, weight.to(dtype), (message[0], channels, *shape[2:]), sent)
 
         backward = {part: [back(weight, shape[1]) for weight in operation.returned(part)] for part in operation.inputs}
         heatmap = None if operation.summed is None else back(operation.summed, 1)
