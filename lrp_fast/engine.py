@@ -280,8 +280,7 @@ def _bind(
     layer = step.layer.resolved(shapes)
 
     def zeros(source: int) -> Tensor | None:
-        found = plan.structural_zeros(source, shapes)
-        return None if found is None else found.to(like.device)
+        return plan.structural_zeros(source, shapes, like.device)
 
     if isinstance(layer, Linear):
         operation = linears[index]

@@ -135,8 +135,10 @@ class Plan:
             raise ValueError(f"the model's output must be N x classes, got shape {shapes[self.output]}")
         return tuple(shapes)
 
-    def structural_zeros(self, step: int, shapes: tuple[Shape, ...]) -> Tensor | None:
-        """Where the output of ``step`` is zero by structure (padding), bool of shape (1, …), or None for nowhere.
+    def structural_zeros(
+        self, step: int, shapes: tuple[Shape, ...], device: torch.device | None = None
+    ) -> Tensor | None:
+        """Where the output of ``step`` is zero by structure (padding), bool of shape (1, …) on ``device``, or None for nowhere.
 
         The zero padding of an option-A shortcut is such a place: a merge sends no relevance there.
         """
@@ -146,7 +148,7 @@ class Plan:
             step = self.steps[step].inputs[0]
         if not any(isinstance(self.steps[link].layer, Pad) for link in chain):
             return None
-        live = torch.ones(1, *shapes[step][1:])
+        live = torch.ones(1, *shapes[step][1:], device=device)
         single = [(1, *shape[1:]) for shape in shapes]
         for link in reversed(chain):
             layer = self.steps[link].layer

@@ -72,17 +72,13 @@ def backward(
     for index in range(len(values) - 1, 0, -1):
         step = plan.steps[index]
         sources = [values[i] for i in step.inputs]
-        zeros = [_placed(plan.structural_zeros(i, shapes), start.device) for i in step.inputs]
+        zeros = [plan.structural_zeros(i, shapes, start.device) for i in step.inputs]
         at = _Site(step, sources, values[index], relevance[index], parameters, batch_norm, shapes, zeros)
         shared = _share(at, assignments[index])
         shares[index] = shared
         for i, r in zip(step.inputs, shared.inputs, strict=True):
             relevance[i] = relevance[i] + r
     return ReferenceResult(tuple(values), tuple(relevance), tuple(shares))
-
-
-def _placed(mask: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if mask is None else mask.to(device)
 
 
 @dataclass(frozen=True)

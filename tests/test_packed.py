@@ -159,9 +159,8 @@ def test_negative_products_are_the_rest(rule: Rule, biased: bool, relu: bool) ->
         parts = [(sign * v).clamp(min=0) * sign for v in (parameters["weight"].double(), bias)]
         z_part = layer.apply(x.double(), *parts)
         expected = 1 / (z_part + sign * rule.stabilizer.epsilon)
-        some = [
-            o for o in range(9) if o != 4 or sign > 0
-        ]  # where there are no products, any gate will do that is not 1 / 0
+        # Where there are no products, any gate will do that is not 1 / 0.
+        some = [o for o in range(9) if o != 4 or sign > 0]
         assert relative_error(gate[:, some], expected[:, some]) <= 1e-4
 
 
