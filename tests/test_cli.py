@@ -326,6 +326,15 @@ def test_a_model_without_rules_is_one_line(tmp_path: Path) -> None:
     assert "timm:efficientnet_b0: " in one_line_of_error(result)
 
 
+def test_a_mean_over_nothing_is_not_reported(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    result = attribute(weights, [tmp_path / "empty.jpg"], tmp_path / "out")
+    assert result.exit_code == 3
+    assert "0 explained, 1 failed; see" in result.stdout
+    assert "leak" not in result.stdout
+    assert "mean leak" not in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_a_map_that_is_not_finite_is_a_failure(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [draw(tmp_path / f"{name}.png") for name in "ab"]
     real = LRP.explain

@@ -15,7 +15,7 @@ from lrp_fast.explain import BACKENDS
 from lrp_fast.heatmap import default_smoothing
 from lrp_fast.images import find_images
 from lrp_fast.models import LoadedModel, load_model
-from lrp_fast.report import PAGE, Failure, Outcome, Run, RunOptions, percent
+from lrp_fast.report import PAGE, Failure, Outcome, Run, RunOptions
 from lrp_fast.version import VERSION
 
 from .common import (
@@ -165,12 +165,12 @@ def run_with_progress(run: Run, output: Path, files: Sequence[Path], settings: M
 
 def report(outcome: Outcome, output: Path) -> None:
     """Say what was done and leave with the exit code that tells."""
-    explained, failed = len(outcome.cards), len(outcome.failures)
-    failures = f", [yellow]{failed} failed[/]" if failed else ""
-    page = shown(str(output / PAGE))
-    line = f"{explained} explained{failures}; mean leak {percent(outcome.mean_leak())}; see {page}"
+    numbers = outcome.summary()
+    failed = f", [yellow]{numbers['failed']} failed[/]" if "failed" in numbers else ""
+    leak = f"; mean leak {numbers['mean leak']}" if "mean leak" in numbers else ""
+    line = f"{numbers['explained']} explained{failed}{leak}; see {shown(str(output / PAGE))}"
     Console().print(line, highlight=False, soft_wrap=True)
     if outcome.interrupted:
         stop("interrupted; what was done until then is kept", EXIT_INTERRUPTED)
-    if failed:
+    if outcome.failures:
         raise typer.Exit(EXIT_SOME_FAILED)

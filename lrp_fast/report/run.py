@@ -46,16 +46,14 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
     interrupted: bool = False
 
-    def mean_leak(self) -> float:
-        """The mean magnitude of the leak over the explained pictures; 0 if there are none."""
-        return float(np.mean([abs(card.leak) for card in self.cards])) if self.cards else 0.0
-
     def summary(self) -> dict[str, str]:
-        """The headline numbers of a run, label to text."""
+        """The headline numbers of a run, label to text; the leak's magnitude is averaged over what was explained."""
         numbers = {"explained": str(len(self.cards))}
         if self.failures:
             numbers["failed"] = str(len(self.failures))
-        return {**numbers, "mean leak": percent(self.mean_leak())}
+        if self.cards:
+            numbers["mean leak"] = percent(float(np.mean([abs(card.leak) for card in self.cards])))
+        return numbers
 
 
 class RunError(Exception):
