@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import zlib
 from collections.abc import Iterator
 
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker for each core; more threads than cores would only wait for each other
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's "&" leaves it, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = pathlib.Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 

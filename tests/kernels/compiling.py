@@ -6,6 +6,7 @@ Run in a process of its own without TRITON_INTERPRET: interpreted functions cann
 from __future__ import annotations
 
 import pathlib
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+STORE = re.compile(r"\bst\.global(?:\.L\w+)*(?:\.v([248]))?\.[bfsu](\d+)")
+COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the compiler made of a launch for one capability: bytes, registers a thread, instructions."""
+    """What the compiler made of a launch for one capability: bytes, registers a thread, instructions.
+
+    ``narrowest``: the fewest bytes that one instruction stores to the device's memory or copies from there to shared memory.
+    """
 
     name: str
     capability: int
@@ -51,6 +57,7 @@ class Resources:
     registers: int
     stack: int
     wgmma: int
+    narrowest: int
 
 
 @contextmanager
@@ -104,8 +111,12 @@ def compiled(launch: Launch, capability: int) -> Resources:
         file.write(kernel.asm["cubin"])
         file.flush()
         report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    ptx = kernel.asm["ptx"]
+    stores = [int(bits) // 8 * int(vector or 1) for vector, bits in STORE.findall(ptx)]
+    assert len(stores) == ptx.count("st.global"), f"{launch.kernel.__name__}: stores that STORE does not know"
+    copies = [int(size, 0) for size in COPY.findall(ptx)]
     usage = dict(item.split(":", 1) for item in report.stdout.split() if ":" in item)
     return Resources(
         launch.kernel.__name__, capability, kernel.metadata.shared, int(usage["REG"]), int(usage["STACK"]),
-        kernel.asm["ptx"].count("wgmma.mma"),
+        ptx.count("wgmma.mma"), min(stores + copies),
     )  # fmt: skip

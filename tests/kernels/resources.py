@@ -80,12 +80,19 @@ class Row:
     registers: int
     stack: int
     wgmma: int
+    narrowest: int
     rows: int
     columns: int
     inner: int
     warps: int
     stages: int
     grouped: bool
+
+    @property
+    def wants_wide(self) -> bool:
+        """A pass over activations that must move them 16 bytes at a time: not one number for a tile, a row or a pixel."""
+        passes = ("gate.gate", "merge.merge", "merge.arrive", "_conv.gated", "_conv.merged", "_conv.backward")
+        return self.kernel.endswith(passes) and not self.grouped
 
     @property
     def wants_wgmma(self) -> bool:
@@ -125,7 +132,7 @@ def row_of(case: KernelCase, dtype: str, launch: Launch, capability: int) -> Row
     tile = {name.lower(): int(arguments.get(name, 0)) for name in ("ROWS", "COLUMNS", "INNER")}
     return Row(
         case.name, case.kernel, dtype, capability, found.name, found.shared, found.registers, found.stack, found.wgmma,
-        **tile, warps=launch.options["num_warps"], stages=launch.options.get("num_stages", 0),
+        found.narrowest, **tile, warps=launch.options["num_warps"], stages=launch.options.get("num_stages", 0),
         grouped=arguments.get("columns_of_group") != arguments.get("C") and "columns_of_group" in arguments,
     )  # fmt: skip
 

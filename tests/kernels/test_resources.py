@@ -1,4 +1,4 @@
-"""What every kernel may cost on sm_80, sm_90 and sm_100: no spills, shared memory that is there, Hopper's instructions."""
+"""What every kernel may cost on sm_80, sm_90 and sm_100: no spills, shared memory that is there, the widest instructions."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def over_budget(rows: list[Row]) -> list[str]:
         broken = {
             f"{row.stack} bytes of stack": row.stack > 0,
             f"{row.shared} bytes of shared memory": row.shared > SHARED_LIMIT[row.capability],
+            f"{row.narrowest} bytes an access": row.wants_wide and row.narrowest < 16,
             "no wgmma": row.wants_wgmma and not row.wgmma,
         }
         where = f"{row.case} ({row.function}, {row.dtype}, sm_{row.capability}"
