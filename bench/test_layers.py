@@ -6,9 +6,8 @@ norm, ReLU, mean over space. A merge is the same with the input added before the
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import cases
-from cases import Convolution, KernelCase
+from cases import Convolution, KernelCase, Prepared
 from contenders import relative_error
 from kernel_bench import BOUNDS, ROUNDED, ROUNDED_BOUND, difference, poisoned_outputs
 from lrp_fast import LRP
@@ -132,19 +131,29 @@ def layer_cases(network: str, side: int, turns: int) -> list[LayerCase]:
     ]
 
 
+def launch_cases(kernels: Sequence[KernelCase], turns: int) -> list[LaunchCase]:
+    """All samples, kernel by kernel, each in turn with eager torch: the tensors of all together would not fit."""
+    return [LaunchCase(turn, kernel, way) for kernel in kernels for turn in range(turns) for way in ("kernel", "eager")]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     if metafunc.definition.name == "test_layer":
         metafunc.parametrize("case", layer_cases(option("network"), option("side"), option("turns")), ids=str)
     if metafunc.definition.name == "test_kernel":
         every = cases.kernel_cases() if torch.cuda.is_available() else []
-        chosen = itertools.product(range(option("turns")), every, ("kernel", "eager"))
-        metafunc.parametrize("case", [LaunchCase(*each) for each in chosen], ids=str)
+        metafunc.parametrize("case", launch_cases(every, option("turns")), ids=str)
 
 
 @pytest.fixture(scope="session")
 def ready() -> dict[str, Callable[[], Any]]:
     """What is timed, by its row's name."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def built() -> dict[KernelCase, Prepared]:
+    """The kernel at work, alone."""
     return {}
 
 
@@ -205,21 +214,30 @@ def run_timed(row: dict[str, Any], run: Callable[[], Any], benchmark: BenchmarkF
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels need a CUDA device")
-def test_kernel(case: LaunchCase, device: torch.device, measured: Measured, benchmark: BenchmarkFixture) -> None:
-    """A kernel in bfloat16 beside the same work in eager torch. Built anew at each turn: all together would not fit."""
-    torch.manual_seed(0)
-    built = case.kernel.build(device, torch.bfloat16, KERNEL_BATCH, "ieee")
+def test_kernel(
+    case: LaunchCase, device: torch.device, built: dict[KernelCase, Prepared], measured: Measured,
+    benchmark: BenchmarkFixture,
+) -> None:  # fmt: skip
+    """A kernel in bfloat16 beside the same work in eager torch: checked at its first sample, both warmed up there."""
+    prepared = prepare_kernel(case.kernel, device, built)
     row = measured.layer(
         f"{case.kernel.name}, {case.way}", layer=case.kernel.name, rule=case.way, beside="eager", batch=KERNEL_BATCH,
-        dtype="bfloat16", flops=built.flops, bytes=built.bytes,
+        dtype="bfloat16", flops=prepared.flops, bytes=prepared.bytes,
     )  # fmt: skip
     if case.turn == 0 and case.way == "kernel":
         with poisoned_outputs():
-            got = built.run()
-        error = difference(got, built.eager())
+            got = prepared.run()
+        error = difference(got, prepared.eager())
         bound = ROUNDED_BOUND if any(name in case.kernel.name for name in ROUNDED) else BOUNDS["bfloat16"]
         row |= {"relative_error": error, "bound": bound}
         assert error <= bound, f"relative error {error:.1e}, bound {bound:.0e}"
-    run = built.run if case.way == "kernel" else built.eager
-    run()
-    run_timed(row, run, benchmark, LAUNCHES)
+    run_timed(row, prepared.run if case.way == "kernel" else prepared.eager, benchmark, LAUNCHES)
+
+
+def prepare_kernel(kernel: KernelCase, device: torch.device, built: dict[KernelCase, Prepared]) -> Prepared:
+    """The kernel's tensors on the device, in place of those of the one before."""
+    if kernel not in built:
+        built.clear()
+        torch.manual_seed(0)
+        built[kernel] = kernel.build(device, torch.bfloat16, KERNEL_BATCH, "ieee")
+    return built[kernel]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -48,6 +49,25 @@ def test_perturbation_compares_equal_numbers_of_passes() -> None:
     result = perturbation.measure("resnet18", 1, 50176, 2, 0.1, torch.device("cpu"))
     assert result["forward_passes"] == {"rank": 2, "threshold": 2}
     assert all(0.05 < ratio < 20 for ratio in result["metric_over_forward"].values())
+
+
+def test_kernels_take_turns_with_eager_torch_and_one_is_built_at_a_time() -> None:
+    """On a GPU: every sample would otherwise draw its tensors anew, minutes in all, or those of all kernels be there at once."""
+    spec = importlib.util.spec_from_file_location("bench_layers", BENCH / "test_layers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    layers = importlib.util.module_from_spec(spec)
+    sys.modules["bench_layers"] = layers  # where its dataclasses look their annotations up
+    spec.loader.exec_module(layers)
+    kernels = layers.cases.small_cases()[:2]
+    samples = layers.launch_cases(kernels, 2)
+    assert [(kernels.index(each.kernel), each.turn, each.way) for each in samples] == [
+        (kernel, turn, way) for kernel in (0, 1) for turn in (0, 1) for way in ("kernel", "eager")
+    ]
+    built: dict[Any, Any] = {}
+    prepared = [layers.prepare_kernel(each.kernel, torch.device("meta"), built) for each in samples]
+    assert len(built) == 1
+    assert len({id(each) for each in prepared[:4]}) == len({id(each) for each in prepared[4:]}) == 1
 
 
 # Explanations beside other tools ------------------------------------------------------------------------------------------
