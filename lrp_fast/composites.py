@@ -120,7 +120,7 @@ class Composite:
     def assign(self, plan: Plan) -> tuple[Assignment, ...]:
         """What every step of a plan gets; raises ``ValueError`` where that is undefined or an override fits nothing."""
         self._check_overrides(plan)
-        stems = plan.stems()
+        stems = plan.stems
         return tuple(self._assign(step, index in stems) for index, step in enumerate(plan.steps))
 
     def _assign(self, step: Step, is_stem: bool) -> Assignment:

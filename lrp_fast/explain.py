@@ -413,10 +413,15 @@ class LRP:
             raise ValueError(
                 f"unknown start {start!r}; known: {', '.join(STARTS)}, a function of the logits, or a tensor"
             )
-        chosen = output.argmax(1, keepdim=True) if targets.classes is None else targets.classes
-        bad = (chosen < 0) | (chosen >= classes)
-        if bool(bad.any()):
-            raise ValueError(f"target {int(chosen[bad][0])} is out of range: the model has classes 0 to {classes - 1}")
+        if targets.classes is None:
+            chosen = output.argmax(1, keepdim=True)
+        else:
+            chosen = targets.classes
+            bad = (chosen < 0) | (chosen >= classes)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"target {int(chosen[bad][0])} is out of range: the model has classes 0 to {classes - 1}"
+                )
         maps = chosen.t()  # K×N
         values = torch.ones_like(output) if start == "one" else output if start == "logit" else output.softmax(1)
         begin = values.new_zeros(len(maps), count, classes)

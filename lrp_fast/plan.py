@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
@@ -95,6 +96,7 @@ class Plan:
                 readers[source].append(index)
         return tuple(map(tuple, readers))
 
+    @cached_property
     def stems(self) -> frozenset[int]:
         """The linear steps with no linear step before them."""
         behind_linear: list[bool] = []
@@ -107,6 +109,19 @@ class Plan:
                 behind = True
             behind_linear.append(behind)
         return frozenset(found)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, tuple[str, ...]]:
+        """The parameters and buffers that its layers name: the path of a module → the names of its own."""
+        owned: dict[str, list[str]] = {}
+        for layer in (step.layer for step in self.steps):
+            if isinstance(layer, Linear):
+                norm = layer.norm
+                of_norm = (norm.mean, norm.variance, norm.weight, norm.bias) if norm is not None else ()
+                for path in filter(None, (layer.weight, layer.bias, *of_norm)):
+                    module, _, name = path.rpartition(".")
+                    owned.setdefault(module, []).append(name)
+        return {module: tuple(dict.fromkeys(names)) for module, names in owned.items()}
 
     def find(self, name: str) -> int:
         """The step whose output the module ``name`` gives; raises ``ValueError`` with near names."""
@@ -172,7 +187,7 @@ class Plan:
 
     def check_input(self, shape: Shape, parameters: Parameters) -> None:
         """Raise ``ValueError`` unless an input of this shape can enter the model's first layers."""
-        for index in sorted(self.stems()):
+        for index in sorted(self.stems):
             step = self.steps[index]
             if not (isinstance(step.layer, Linear) and isinstance(self.steps[step.inputs[0]].layer, Input)):
                 continue

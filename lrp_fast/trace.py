@@ -169,8 +169,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 def check_eval(model: nn.Module) -> None:
     """Raise :class:`TraceError` if any module of the model is in training mode."""
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
-    if training:
+    if any(module.training for module in model.modules()):
+        training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
         raise TraceError(
             f"the model is in training mode ({', '.join(training[:5])}{', ...' if len(training) > 5 else ''}): "
             "call model.eval() first"
@@ -863,11 +863,20 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
 
 
 def parameter_table(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The tensors a plan's layers name, by path, detached; they share the model's memory."""
-    paths: set[str] = set()
-    for step in plan.steps:
-        if isinstance(step.layer, Linear):
-            norm = step.layer.norm
-            of_norm = (norm.mean, norm.variance, norm.weight, norm.bias) if norm is not None else ()
-            paths.update(path for path in (step.layer.weight, step.layer.bias, *of_norm) if path is not None)
-    return {path: _attribute(model, path).detach() for path in sorted(paths)}
+    """The tensors a plan's layers name, by path, detached; they share the model's memory.
+
+    Read anew at every explanation, so through the tables of a module, which take a tenth of the time of its attributes.
+    """
+    table: dict[str, Tensor] = {}
+    for path, names in plan.parameters.items():
+        module: Any = model
+        for part in path.split(".") if path else ():
+            module = module._modules[part]
+        for name in names:
+            value = module._parameters.get(name)
+            if value is None:
+                value = module._buffers.get(name)
+            if value is None:  # computed from others, by what was registered after the trace
+                value = getattr(module, name)
+            table[f"{path}.{name}" if path else name] = value.detach()
+    return table

@@ -26,6 +26,13 @@ from networks import CifarResNet, calibrated, relative_error
 SIDE = 32
 
 
+class Halved(nn.Module):
+    """Half a weight, as a parametrization computes it."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return calibrated(CifarResNet(1), 3, (8, 3, SIDE, SIDE))
@@ -185,6 +192,14 @@ def test_two_calls_give_equal_bits_and_new_weights_are_noticed(images: Tensor) -
     assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
     model.linear = nn.Linear(64, 10).eval()
     assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+    model.blocks[0] = calibrated(CifarResNet(1), 6, (8, 3, SIDE, SIDE)).blocks[0]
+    changed = explainer.explain(images)
+    assert torch.equal(changed.relevance, LRP(model).explain(images).relevance)
+    nn.utils.parametrize.register_parametrization(model.linear, "weight", Halved().eval())
+    model.eval()
+    assert relative_error(explainer.explain(images).output, changed.output) > 1e-3
+    with torch.no_grad():
+        torch.testing.assert_close(explainer.explain(images).output, model(images))
 
 
 def test_writes_through_data_need_a_refresh(images: Tensor) -> None:

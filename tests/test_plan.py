@@ -102,7 +102,7 @@ def test_readers_and_stems() -> None:
     names = [step.name for step in plan.steps]
     assert names == ["input", "conv1", "relu", "pool", "conv2", "add", "relu:1", "conv3", "flatten", "fc"]
     assert plan.consumers() == ((1,), (2,), (3,), (4, 5), (5,), (6,), (7,), (8,), (9,), ())
-    assert plan.stems() == {1}
+    assert plan.stems == {1}
     assert plan.output == 9
 
 
@@ -116,7 +116,7 @@ def test_stems_behind_pools_and_in_parallel() -> None:
             return self.late(self.left(F.avg_pool2d(x, 2)) + self.right(x)).mean((2, 3))
 
     plan, _ = traced(TwoStems())
-    assert {plan.steps[step].name for step in plan.stems()} == {"left", "right"}
+    assert {plan.steps[step].name for step in plan.stems} == {"left", "right"}
 
 
 def test_plans_are_frozen() -> None:
