@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,11 +274,12 @@ def test_targets_are_ratios_of_medians() -> None:
 
 
 @pytest.fixture
-def comparison(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts bench/compare.py on a small network, its temporary files in ``tmp_path / "scratch"``."""
+def comparison(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts bench/compare.py on a small network, its temporary files in ``tmp_path / "scratch"``; ends with the test."""
     if subprocess.run(["git", "-C", str(BENCH.parent), "rev-parse", "HEAD"], capture_output=True).returncode != 0:
         pytest.skip("compares revisions of a git repository")
     (tmp_path / "scratch").mkdir()
+    started: list[subprocess.Popen[str]] = []
 
     def start(base: str, *options: str) -> subprocess.Popen[str]:
         command = [
@@ -293,11 +294,18 @@ def comparison(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             "2",
         ]
         environment = os.environ | {"TMPDIR": str(tmp_path / "scratch"), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        started.append(
+            subprocess.Popen(
+                [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            )
         )
+        return started[-1]
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:  # the test failed
+            process.terminate()
+            process.communicate(timeout=60)
 
 
 def test_two_revisions_are_compared(comparison: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
