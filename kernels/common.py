@@ -162,9 +162,19 @@ def unpack(x: Tensor) -> Tensor:
     return x.permute(0, -1, *range(1, x.ndim - 1))
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """⌈numerator / denominator⌉, as ``triton.cdiv``, which can be called in kernels too and so takes 1.5 µs."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is no less than ``number`` ≥ 1, as ``triton.next_power_of_2``."""
+    return 1 << (number - 1).bit_length()
+
+
 def tile(channels: int, elements: int = 1024) -> tuple[int, int]:
     """Rows × columns of a tile of an element-wise pass over ``channels`` columns: whole rows, up to 256 columns."""
-    columns = min(triton.next_power_of_2(channels), 256)
+    columns = min(next_power_of_2(channels), 256)
     return max(elements // columns, 1), columns
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from .common import (
     OPTIONS,
     Denominators,
+    cdiv,
     divisible,
     first_denominator,
     load_stack,
@@ -115,7 +116,7 @@ def gate(
     value = stacked.new_empty(*stacked.shape[:-1], channels)
     gates = stacked.new_empty(*stacked.shape[:-1], channels * denominators.groups)
     block = block or tile(channels)
-    grid = (triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1]),)
+    grid = (cdiv(rows, block[0]) * cdiv(channels, block[1]),)
     _gate_kernel[grid](
         stacked, stacked if bias is None else bias, stacked if limit is None else limit,
         stacked if fixed is None else fixed, value, gates, rows, rows // stacked.shape[0], channels, **denominators.arguments(),
@@ -139,7 +140,7 @@ def image_maximum(
     images, channels = stacked.shape[0], stacked.shape[-1] // denominators.stacks
     rows = stacked.numel() // stacked.shape[-1] // images
     block = block or tile(channels, 4096)
-    programs = triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1])
+    programs = cdiv(rows, block[0]) * cdiv(channels, block[1])
     maximum = stacked.new_empty(images, programs, dtype=torch.float32)
     _maximum_kernel[programs, images](
         stacked, stacked if bias is None else bias, maximum, rows, channels,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, divisible, tile
+from .common import OPTIONS, cdiv, divisible, tile
 
 EXACT = OPTIONS | {"enable_fp_fusion": False}
 """Options of the kernel whose levels are to be equal, bit by bit, to a plain evaluation."""
@@ -75,7 +75,7 @@ def channel_sum(relevance: Tensor, *, block: tuple[int, int] | None = None, num_
     rows = relevance.numel() // channels
     total = relevance.new_empty(relevance.shape[:-1], dtype=torch.float32)
     block = block or tile(channels, 2048)
-    _channel_sum_kernel[(triton.cdiv(rows, block[0]),)](
+    _channel_sum_kernel[(cdiv(rows, block[0]),)](
         relevance, total, rows, channels,
         EIGHTH=channels % 8 == 0, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1], num_warps=num_warps, **OPTIONS,
     )  # fmt: skip
@@ -94,7 +94,7 @@ def quantize(heatmap: Tensor, levels: int = 8, *, block: int = 1024, num_warps: 
     """Heat quantization of each map (M, H, W) float32, contiguous and finite, to one of its ``levels`` (at least 2)."""
     size = heatmap.shape[1] * heatmap.shape[2]
     quantized = heatmap.new_empty(heatmap.shape)
-    _quantize_kernel[(heatmap.shape[0] * triton.cdiv(size, block),)](
+    _quantize_kernel[(heatmap.shape[0] * cdiv(size, block),)](
         heatmap, image_range(heatmap), quantized, size, levels, BLOCK=block, num_warps=num_warps, **EXACT
     )
     return quantized

@@ -19,6 +19,7 @@ from .common import (
     Arrival,
     Branch,
     Denominators,
+    cdiv,
     divisible,
     load_stack,
     settle,
@@ -110,7 +111,7 @@ def merge(
     elif split not in CONSTANT_SPLITS:
         other_end = merged.new_empty(merged.shape)
     block = block or tile(channels)
-    grid = (triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1]),)
+    grid = (cdiv(rows, block[0]) * cdiv(channels, block[1]),)
     _merge_kernel[grid](
         stacked, stacked if branch.bias is None else branch.bias, stacked if branch.limit is None else branch.limit,
         other.tensor, stacked if other.bias is None else other.bias, stacked if other.limit is None else other.limit,
@@ -139,7 +140,7 @@ def arrive(
     height, width = like.shape[1:3] if like.ndim == 4 else (1, 1)
     arrival = arrival.prepared(like, like.shape)
     block = block or tile(channels)
-    grid = (triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1]),)
+    grid = (cdiv(rows, block[0]) * cdiv(channels, block[1]),)
     _arrive_kernel[grid](
         like, rows, channels, **arrival.arguments(rows, height, width), HAS_ACC=acc is not None,
         EIGHTH=channels % 8 == 0, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1], num_warps=num_warps, **OPTIONS,

@@ -20,6 +20,7 @@ weight is the forward one transposed, Cin × G · Cout: packed once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,9 @@ from .common import (
     Arrival,
     Branch,
     Denominators,
+    cdiv,
     load_stack,
+    next_power_of_2,
     own_output,
     settle,
     store_gates,
@@ -88,9 +91,10 @@ FROM_HOPPER_ON = {("half", "big", 2): [(128, 128, 64, 8, 3)]}
 """Tiles whose operands must stay in shared memory: before wgmma they went through registers, which then spill."""
 
 
+@lru_cache(maxsize=1024)
 def candidates(
     rows: int, columns: int, inner: int, stacks: int, dtype: torch.dtype, precision: Precision, capability: int = 80
-) -> list[Blocks]:  # fmt: skip
+) -> tuple[Blocks, ...]:  # fmt: skip
     """What is worth trying for a rows × columns result, K = ``inner``; the first is the default.
 
     ``stacks``: how many tiles of the result a program holds at once, before registers spill: S forward, but 4 where two
@@ -98,14 +102,14 @@ def candidates(
     + minor of the device.
     """
     kind = "half" if dtype.itemsize == 2 else precision
-    few = triton.cdiv(rows, 128) * triton.cdiv(columns, 64) < 264  # not two tiles for each of an H100's 132 processors
+    few = cdiv(rows, 128) * cdiv(columns, 64) < 264  # not two tiles for each of an H100's 132 processors
     key = kind, "few" if few else "narrow" if columns <= 64 else "big", stacks
-    widest, deepest = (max(16, triton.next_power_of_2(size)) for size in (columns, inner))
+    widest, deepest = (max(16, next_power_of_2(size)) for size in (columns, inner))
     fitting = []
     for high, wide, deep, warps, stages in TABLE[key] + (FROM_HOPPER_ON.get(key, []) if capability >= 90 else []):
         step = min(deep, deepest)
-        fitting.append(Blocks(high, min(wide, widest), step, warps, min(stages, 1 + triton.cdiv(inner, step))))
-    return list(dict.fromkeys(fitting))
+        fitting.append(Blocks(high, min(wide, widest), step, warps, min(stages, 1 + cdiv(inner, step))))
+    return tuple(dict.fromkeys(fitting))
 
 
 # Device functions -----------------------------------------------------------------------------------------------------
@@ -356,7 +360,7 @@ def _tile(blocks: Blocks, precision: Precision) -> dict[str, Any]:
 
 
 def _grid(blocks: Blocks, rows: int, columns: int) -> tuple[int]:
-    return (triton.cdiv(rows, blocks.rows) * triton.cdiv(columns, blocks.columns),)
+    return (cdiv(rows, blocks.rows) * cdiv(columns, blocks.columns),)
 
 
 # Backward -------------------------------------------------------------------------------------------------------------

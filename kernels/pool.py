@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, Arrival, divisible, gate_of, settle, tile, tile_at
+from .common import OPTIONS, Arrival, cdiv, divisible, gate_of, settle, tile, tile_at
 from .heatmap import channel_sum
 
 Pair = tuple[int, int]
@@ -161,7 +161,7 @@ def _max_pool(
     _, out_height, out_width, channels = maxima.shape
     rows = maxima.numel() // channels
     block = block or tile(channels)
-    grid = (triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1]),)
+    grid = (cdiv(rows, block[0]) * cdiv(channels, block[1]),)
     _max_pool_kernel[grid](
         x, maxima, beside, rows, x.shape[1], x.shape[2], out_height, out_width, channels, epsilon,
         BESIDE=kind, UNROLL=max(kernel[0] * kernel[1], stride[0] * stride[1]) <= UNROLLED,
@@ -411,7 +411,7 @@ def _backward(
     rows = images * height * width
     arrival = arrival.prepared(like, (images, height, width, channels))
     block = block or tile(channels)
-    kernel[(triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1]),)](
+    kernel[(cdiv(rows, block[0]) * cdiv(channels, block[1]),)](
         *sources, row_count=rows, out_height=out_height, out_width=out_width, C=channels, **arguments,
         **arrival.arguments(rows, height, width),
         EIGHTH=channels % 8 == 0, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1], num_warps=num_warps, **OPTIONS,
@@ -431,7 +431,7 @@ def spread(
     images, out_height, out_width, _ = dead.shape
     rows = images * height * width
     even = dead.new_empty(images, height, width, dtype=torch.float32)
-    _spread_kernel[(triton.cdiv(rows, block),)](
+    _spread_kernel[(cdiv(rows, block),)](
         channel_sum(dead), even, rows, height, width, out_height, out_width, channels,
         **_window(kernel, stride, padding, dilation), UNROLL=UNROLLED, BLOCK=block, num_warps=num_warps, **OPTIONS,
     )  # fmt: skip

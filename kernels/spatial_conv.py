@@ -22,6 +22,7 @@ takes nothing else): forward ``(S · C, kh, kw, Cin / groups)``, backward as :fu
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ from .common import (
     Arrival,
     Branch,
     Denominators,
+    cdiv,
     load_stack,
+    next_power_of_2,
     own_output,
     settle,
     store_gates,
@@ -70,17 +73,18 @@ def tiles_of(denominators: Denominators) -> int:
     return denominators.stacks if denominators.groups == 1 else 3
 
 
-def candidates(columns: int, inner: int, tiles: int, dtype: torch.dtype, precision: Precision) -> list[Blocks]:
+@lru_cache(maxsize=1024)
+def candidates(columns: int, inner: int, tiles: int, dtype: torch.dtype, precision: Precision) -> tuple[Blocks, ...]:
     """What is worth trying for ``columns`` of the result and K = ``inner`` a tap, both of one group; first the default.
 
     ``tiles``: how much a program holds at once, which decides how large a tile may be before registers spill: the
     ends of :func:`backward`, :func:`tiles_of` for :func:`gated`; 2 · S for :func:`merged`, and 6 if it writes two gates
     for each branch.
     """
-    widest, deepest = (max(16, triton.next_power_of_2(size)) for size in (columns, inner))
+    widest, deepest = (max(16, next_power_of_2(size)) for size in (columns, inner))
     found = TABLE["half" if dtype.itemsize == 2 else precision, tiles]
     fitting = [Blocks(rows, min(wide, widest), min(deep, deepest), *rest) for rows, wide, deep, *rest in found]
-    return list(dict.fromkeys(fitting))
+    return tuple(dict.fromkeys(fitting))
 
 
 # Forward --------------------------------------------------------------------------------------------------------------
@@ -292,7 +296,7 @@ def _tile(blocks: Blocks, precision: Precision) -> dict[str, Any]:
 
 
 def _grid(blocks: Blocks, rows: int, columns: int, groups: int) -> tuple[int]:
-    return (triton.cdiv(rows, blocks.rows) * groups * triton.cdiv(columns // groups, blocks.columns),)
+    return (cdiv(rows, blocks.rows) * groups * cdiv(columns // groups, blocks.columns),)
 
 
 # Backward -------------------------------------------------------------------------------------------------------------
@@ -404,7 +408,7 @@ def backward(
     if blocks is None:
         blocks = candidates(columns // groups, inner, len(arrival.ends), s.dtype, precision)[0]
     phases = stride[0] * stride[1]
-    largest = maps * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])  # pixels of the first phase
+    largest = maps * cdiv(height, stride[0]) * cdiv(width, stride[1])  # pixels of the first phase
     arrival = arrival.prepared(s, (maps, height, width, columns))
     _backward_kernel[(_grid(blocks, largest, columns, groups)[0] * phases,)](
         s, weight, maps, out_height, out_width, channels, segments, inner, columns, columns // groups,
@@ -494,15 +498,15 @@ def stem_heatmap(
         (size - 1 + around) // step - begin + 1
         for size, around, step, begin in zip((tall, wide), padding, stride, first, strict=True)
     ]
-    rows = maps * triton.cdiv(height, tall) * triton.cdiv(width, wide)
+    rows = maps * cdiv(height, tall) * cdiv(width, wide)
     result = s.new_empty(maps, height, width, dtype=torch.float32)
     geometry = _geometry((weight.shape[0], weight.shape[1]), stride, padding, (1, 1))
-    _stem_heatmap_kernel[(triton.cdiv(rows, blocks.rows),)](
+    _stem_heatmap_kernel[(cdiv(rows, blocks.rows),)](
         s, weight.to(s.dtype), result, rows, height, width, out_height, out_width, inner,
         **{name: value for name, value in geometry.items() if "DILATION" not in name},
         TALL=tall, WIDE=wide, FIRST_Y=first[0], FIRST_X=first[1], READ_Y=read[0], READ_X=read[1],
         EVEN_K=inner % blocks.inner == 0, PRECISION=precision, ROWS=blocks.rows, INNER=blocks.inner,
-        COLUMNS=max(16, triton.next_power_of_2(tall * wide)),
+        COLUMNS=max(16, next_power_of_2(tall * wide)),
         num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
     )  # fmt: skip
     return result
