@@ -13,6 +13,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels then run on the CPU
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import strict_interpreter
+
+    strict_interpreter.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker for each core; more threads than cores would only wait for each other

@@ -208,6 +208,19 @@ def test_wide_groups_have_kernels(images: Tensor) -> None:
     assert launched["spatial_gated"] == 5
 
 
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving"])
+def test_bfloat16(model: nn.Module, images: Tensor, composite: str) -> None:
+    expected = LRP(model, composite, backend="reference").explain(images, start="one")
+    got = LRP(model, composite, backend="triton", dtype=torch.bfloat16).explain(images, start="one")
+    assert relative_error(got.heatmap, expected.heatmap) <= 2e-2
+
+
+def test_tf32_is_used_where_it_is_asked_for(model: nn.Module, images: Tensor) -> None:
+    expected = LRP(model, backend="reference").explain(images, start="one")
+    got = LRP(model, backend="triton", tf32=True).explain(images, start="one")
+    assert 1e-5 < relative_error(got.heatmap, expected.heatmap) <= 1e-2
+
+
 def test_conserving_conserves(model: nn.Module, images: Tensor) -> None:
     result = LRP(model, "conserving", backend="triton").explain(images, start="one")
     assert float(result.leak.abs().max()) <= 1e-5
@@ -447,10 +460,8 @@ def test_cuda_graph_is_the_same_map(model: nn.Module, images: Tensor, monkeypatc
 
 @gpu
 @pytest.mark.parametrize("composite", ["otsuki2024", "conserving"])
-def test_bfloat16(model: nn.Module, images: Tensor, composite: str) -> None:
-    expected = LRP(model, composite, backend="reference").explain(images, start="one")
-    got = LRP(model, composite, backend="triton", dtype=torch.bfloat16).explain(images, start="one")
-    assert relative_error(got.heatmap, expected.heatmap) <= 2e-2
+def test_bfloat16_on_the_device(model: nn.Module, images: Tensor, composite: str) -> None:
+    test_bfloat16(model, images, composite)
 
 
 @gpu

@@ -29,7 +29,7 @@ from lrp_fast.kernels.merge import arrive, merge
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-TYPES = [torch.float32, torch.float16]
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = (8, 16)
 """A tile so small that every test has several, and cut ones."""
 
