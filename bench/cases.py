@@ -6,7 +6,7 @@ does it. Random data without poles: inputs, messages and gates are not negative.
 ``eager`` computes float32 convolutions in is the caller's to set (:func:`lrp_fast.scopes.float32_precision`).
 
 In float32 both agree within 1e-5. In bfloat16 ``eager`` rounds a convolution before its pass and is itself off by 5e-3,
-and by 4e-2 where αβ or γ add two rounded stacks up.
+and by 4e-2 where αβ adds two rounded stacks up.
 """
 
 from __future__ import annotations
@@ -86,13 +86,21 @@ class Maker:
     def weights(
         self, denominators: Denominators, channels: int, *inner: int, rising: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Stacked weight (S · C, \\*inner) and bias (S · C); ``rising``: the layer's own output is positive."""
+        """Stacked weight (S · C, \\*inner) and bias (S · C); ``rising``: the layer's own output is positive.
+
+        Where gates jump at an output of zero (ε, γ), it is far from that: above in every other channel, else below.
+        """
         plus = self.positive(channels, *inner) / math.sqrt(math.prod(inner))
         minus = -self.positive(channels, *inner) / math.sqrt(math.prod(inner))
-        kept = torch.rand(plus.shape, device=self.device) < 0.5
-        minus = minus / 8 if rising else minus * ~kept
-        plus = plus if rising else plus * kept
-        bias = self.positive(channels) if rising else self.normal(channels) / 8
+        if rising or denominators.kind in ("own", "gamma"):
+            own, bias = plus + minus / 8, self.positive(channels)
+            if not rising:
+                own[1::2] *= -1
+                bias[1::2] *= -1
+            plus, minus = own.clamp(min=0), own.clamp(max=0)
+        else:
+            kept = torch.rand(plus.shape, device=self.device) < 0.5
+            plus, minus, bias = plus * kept, minus * ~kept, self.normal(channels) / 8
         if denominators.kind == "own":
             return plus + minus, bias
         if denominators.kind == "stacked":
@@ -349,7 +357,8 @@ def other_branch(
     if rising:
         tensor[..., :channels].abs_()
     if rule.kind == "signs":
-        bias[channels:] *= -0.5
+        tensor[..., channels:] /= 4 if rising else 1
+        bias[channels:] *= -0.125 if rising else -0.5
     limit = torch.full((batch,), 0.1, device=make.device) if rule.stabilizer == "guard" else None
     return Branch(tensor, True, bias, limit)
 
@@ -357,23 +366,40 @@ def other_branch(
 def build_merged(
     device: torch.device, dtype: torch.dtype, batch: int, precision: Precision, *,
     shape: Convolution, rule: Denominators = POSITIVE, split: str = "ratio", linear: bool = False,
+    beside: Convolution | None = None,
 ) -> Prepared:  # fmt: skip
-    """pointwise_conv.merged or spatial_conv.merged; with ``linear`` the other branch is one too, and the residual one."""
+    """pointwise_conv.merged or spatial_conv.merged; with ``linear`` the other branch is one too, and the residual one.
+
+    ``beside``: the 1×1 convolution the other branch ends in, which the kernel multiplies too.
+    """
     make, rising = Maker(device, dtype), split == "signed"
     x = make.positive(batch, shape.size, shape.size, shape.inputs)
     weight, bias = make.weights(rule, shape.outputs, *shape.inner, rising=rising)
-    other = other_branch(make, batch, shape.out, shape.outputs, rule, linear, rising)
+    if beside is None:
+        other = other_branch(make, batch, shape.out, shape.outputs, rule, linear, rising)
+    else:
+        other_weight, other_bias = make.weights(rule, beside.outputs, *beside.inner, rising=rising)
+        y, linear = make.positive(batch, beside.size, beside.size, beside.inputs), True
+        other = Branch(y, True, other_bias, weight=other_weight, stride=beside.stride)
     module: Any = pointwise_conv if shape.taps == 1 else spatial_conv
     run = partial(
         module.merged, x, weight, bias, other, rule, split, relu=True, is_residual=not linear, precision=precision,
         **shape.arguments(),
     )  # fmt: skip
+
+    def eager() -> list[Tensor]:
+        met = other
+        if beside is not None and other.weight is not None:
+            met = Branch(beside.raw(other.tensor, other.weight, rule.stacks), True, other.bias)
+        return merged(shape.raw(x, weight, rule.stacks), bias, met, rule, split, not linear)
+
     return Prepared(
         lambda: [result for result in run() if result is not None],
-        lambda: merged(shape.raw(x, weight, rule.stacks), bias, other, rule, split, not linear),
-        shape.read(x) + moved(weight, bias, other.tensor, other.bias)
+        eager,
+        shape.read(x) + moved(weight, bias, other.weight, other.bias)
+        + (moved(other.tensor) if beside is None else beside.read(other.tensor))
         + batch * shape.out**2 * shape.outputs * written_by_merge(rule, split, linear) * dtype.itemsize,
-        shape.flops(batch, rule.stacks),
+        shape.flops(batch, rule.stacks) + (0 if beside is None else beside.flops(batch, rule.stacks)),
     )  # fmt: skip
 
 
@@ -709,6 +735,12 @@ def halved(size: int) -> int:
     return (size - 1) // 2 + 1
 
 
+def projection(stage: Stage) -> tuple[Convolution, Convolution]:
+    """The two 1×1 convolutions that meet in a stage's first block: the skip's, and the residual branch's."""
+    skip = Convolution(stage.before, stage.inputs, stage.outputs, stage.stride)
+    return skip, Convolution(stage.size, stage.width, stage.outputs)
+
+
 def forward_cases(found: Collected, stage: Stage) -> None:
     """A stage's forward pass."""
     size, width, outputs = stage.size, stage.width, stage.outputs
@@ -716,9 +748,9 @@ def forward_cases(found: Collected, stage: Stage) -> None:
         shape = Convolution(at, inputs, width)
         found.add("pointwise_conv.gated", count, build_gated, f"{at}² {inputs}→{width}", shape=shape)
     found.add("gate.gate", stage.blocks, build_gate, f"{size}² {width}", size=size, channels=width)
-    shape = Convolution(stage.before, stage.inputs, outputs, stage.stride)
-    what = f"{stage.before}² {stage.inputs}→{outputs} stride {stage.stride}, projection"
-    found.add("pointwise_conv.merged", 1, build_merged, what, shape=shape, linear=True)
+    shape, beside = projection(stage)
+    what = f"{stage.before}² {stage.inputs}→{outputs} stride {stage.stride} + {size}² {width}→{outputs}"
+    found.add("pointwise_conv.merged", 1, build_merged, what, shape=shape, beside=beside)
     shape = Convolution(size, width, outputs)
     found.add("pointwise_conv.merged", stage.blocks - 1, build_merged, f"{size}² {width}→{outputs}", shape=shape)
 
@@ -821,6 +853,16 @@ def rule_cases(found: Collected, stage: Stage) -> None:
         )  # fmt: skip
         shape = Convolution(size, width, width, 1, 3)
         found.add("spatial_conv.gated", 0, build_gated, f"{size}² {width}→{width}, {name}", shape=shape, rule=rule)
+    skip, beside = projection(stage)
+    for name, rule in (("ε", EPSILON), ("αβ", ALPHA_BETA), ("γ", GAMMA)):
+        found.add(
+            "pointwise_conv.merged", 0, build_merged, f"{stage.before}²+{size}²→{outputs}, {name}, projection",
+            shape=skip, beside=beside, rule=rule, split="signed",
+        )  # fmt: skip
+    found.add(
+        "pointwise_conv.merged", 0, build_merged, f"{size}² {width}→{outputs}, beside a library's",
+        shape=wide, linear=True,
+    )  # fmt: skip
     for split in CONSTANT_SPLITS:
         found.add(
             "pointwise_conv.merged",
@@ -832,7 +874,7 @@ def rule_cases(found: Collected, stage: Stage) -> None:
         )
     for name, rule in (("αβ", ALPHA_BETA), ("γ", GAMMA)):
         found.add(
-            "pointwise_conv.merged", 0, build_merged, f"{size}² {width}→{outputs}, {name}, projection",
+            "pointwise_conv.merged", 0, build_merged, f"{size}² {width}→{outputs}, {name}, beside a library's",
             shape=wide, rule=rule, split="signed", linear=True,
         )  # fmt: skip
         found.add(

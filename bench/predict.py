@@ -66,7 +66,7 @@ class Pass:
 
 def predicted(bytes_moved: int, flops: int, itemsize: int = 2) -> float:
     """Seconds of a pass."""
-    return max(bytes_moved / BANDWIDTH, flops / RATES[itemsize])
+    return max(bytes_moved / BANDWIDTH, flops / RATES[itemsize] if flops else 0.0)
 
 
 def recorded(
@@ -133,9 +133,12 @@ def _pass(operator: str, args: tuple[Any, ...], read: list[Tensor], written: lis
     moved = sum(map(size, read)) + sum(map(size, written))
     if operator.startswith("lrp_fast::"):
         name = KERNELS[own]
-        if own in ("pointwise_gated", "pointwise_merged"):
-            x = size(read[0])
-            moved += x // json.loads(args[1])["stride"] ** 2 - x  # it reads only what it uses
+        values = json.loads(args[1])
+        if own in ("pointwise_gated", "pointwise_merged"):  # which read only what they use
+            moved += size(read[0]) // values["stride"] ** 2 - size(read[0])
+        if own == "pointwise_merged":
+            other = size(args[0][3])
+            moved += other // values["other_stride"] ** 2 - other
     elif own == "convolution":
         name = "library convolution, transposed" if args[6] else "library convolution"
     if "conv" in name:
@@ -160,7 +163,8 @@ def _flops(operator: str, args: tuple[Any, ...], read: list[Tensor], written: li
         return 2 * first.shape[0] * second.numel()
     if operator.startswith(("pointwise", "spatial")):
         rows = written[0] if operator.endswith(("gated", "merged")) else read[0]
-        weights = [args[0][1], args[0][3]] if operator == "pointwise_backward" else [args[0][1]]
+        others = {"pointwise_backward": 3, "pointwise_merged": 5}
+        weights = [args[0][1], *([args[0][others[operator]]] if operator in others else [])]
         return 2 * rows.shape[:3].numel() * sum(weight.numel() for weight in weights if weight is not None)
     if operator == "stem_heatmap":
         return 2 * read[0].shape[:3].numel() * read[1].numel()

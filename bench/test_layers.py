@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cases
 from cases import Convolution, KernelCase, Prepared
 from contenders import relative_error
-from kernel_bench import BOUNDS, ROUNDED, ROUNDED_BOUND, difference, poisoned_outputs
+from kernel_bench import Row, difference, poisoned_outputs
 from lrp_fast import LRP
 from tables import Measured
 
@@ -228,7 +228,7 @@ def test_kernel(
         with poisoned_outputs():
             got = prepared.run()
         error = difference(got, prepared.eager())
-        bound = ROUNDED_BOUND if any(name in case.kernel.name for name in ROUNDED) else BOUNDS["bfloat16"]
+        bound = Row(case.kernel, "bfloat16", compiled=False).bound
         row |= {"relative_error": error, "bound": bound}
         assert error <= bound, f"relative error {error:.1e}, bound {bound:.0e}"
     run_timed(row, prepared.run if case.way == "kernel" else prepared.eager, benchmark, LAUNCHES)

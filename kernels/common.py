@@ -83,12 +83,15 @@ class Branch:
 
     ``linear``: ``tensor`` is the raw stacked output (…, S · C) of the branch's last layer, without its ``bias`` (S · C,);
     otherwise it is the branch's value (…, C). ``limit`` (N,) float32: what counts as zero, under a zero-guard.
+    ``weight`` (S · C, K) and ``stride``: that layer is a 1×1 convolution that the kernel is to compute, ``tensor`` its input.
     """
 
     tensor: Tensor
     linear: bool = False
     bias: Tensor | None = None
     limit: Tensor | None = None
+    weight: Tensor | None = None
+    stride: int = 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ Forward, S weights stacked (S = 1 or 2), row (n, oy, ox) of the result reading x
     gated     value = ReLU(own)             gate_g = numerator · mask_g / stab(z_g)
     merged    merged = ReLU(own + other)    gate_g = ρ · mask_g / stab(z_g), ρ the branch's weight under the split
 
-x rows × K, weight S · C × K → value rows × C, gates rows × G · C; ``own`` and ``z_g`` as in :mod:`common`.
+x rows × K, weight S · C × K → value rows × C, gates rows × G · C; ``own`` and ``z_g`` as in :mod:`common`. ``other`` is
+read, or, as a projection, one more product of the same program, whose stacked output then never leaves it.
 Backward, an :class:`Arrival` settling what one or two messages s (rows × K) bring::
 
     acc = s @ weightᵀ [+ s₂ @ weight₂ᵀ]     R = value · (acc + previous) + dense + even     out_e = R · gate_e
@@ -78,16 +79,25 @@ TABLE: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("ieee", "big", 1): [(128, 64, 16, 8, 3), (128, 128, 16, 8, 3), (64, 64, 32, 8, 3)],
     ("ieee", "big", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3)],
     ("half", "few", 4): [(64, 32, 64, 4, 3), (32, 32, 128, 4, 3)],
-    ("half", "narrow", 4): [(128, 64, 64, 8, 3), (64, 64, 64, 8, 3)],
-    ("half", "big", 4): [(128, 64, 64, 8, 3), (64, 64, 64, 8, 3)],
+    ("half", "narrow", 4): [(128, 64, 64, 8, 3), (128, 32, 64, 8, 3)],
+    ("half", "big", 4): [(128, 64, 64, 8, 3), (128, 32, 64, 8, 3), (64, 32, 64, 4, 3)],
     ("tf32", "few", 4): [(64, 32, 64, 4, 3), (32, 32, 64, 4, 3)],
     ("tf32", "narrow", 4): [(64, 64, 32, 8, 3)],
     ("tf32", "big", 4): [(64, 64, 32, 8, 3), (64, 128, 32, 8, 3)],
     ("ieee", "few", 4): [(32, 32, 32, 4, 3), (16, 32, 32, 4, 3)],
     ("ieee", "narrow", 4): [(64, 64, 16, 8, 3)],
     ("ieee", "big", 4): [(64, 64, 16, 8, 3)],
+    ("half", "few", 8): [(32, 64, 64, 4, 3), (128, 32, 64, 8, 3)],
+    ("half", "narrow", 8): [(128, 32, 64, 8, 3), (32, 64, 64, 4, 3)],
+    ("half", "big", 8): [(128, 32, 64, 8, 3), (32, 64, 64, 4, 3)],
+    ("tf32", "few", 8): [(64, 32, 32, 4, 3), (32, 32, 64, 4, 3)],
+    ("tf32", "narrow", 8): [(64, 64, 32, 8, 3)],
+    ("tf32", "big", 8): [(64, 64, 32, 8, 3), (64, 128, 32, 8, 3)],
+    ("ieee", "few", 8): [(32, 32, 32, 4, 3), (16, 32, 32, 4, 3)],
+    ("ieee", "narrow", 8): [(64, 64, 16, 8, 3)],
+    ("ieee", "big", 8): [(64, 64, 16, 8, 3)],
 }
-FROM_HOPPER_ON = {("half", "big", 2): [(128, 128, 64, 8, 3)]}
+FROM_HOPPER_ON = {("half", "big", 2): [(128, 128, 64, 8, 3)], ("half", "big", 8): [(64, 64, 64, 8, 3)]}
 """Tiles whose operands must stay in shared memory: before wgmma they went through registers, which then spill."""
 
 
@@ -97,9 +107,8 @@ def candidates(
 ) -> tuple[Blocks, ...]:  # fmt: skip
     """What is worth trying for a rows × columns result, K = ``inner``; the first is the default.
 
-    ``stacks``: how many tiles of the result a program holds at once, before registers spill: S forward, but 4 where two
-    branches with two gates each meet, and 1 backward. ``capability``: 10 · major
-    + minor of the device.
+    ``stacks``: how many tiles of the result a program holds at once, before registers spill: 1 backward, S forward, and
+    :func:`held` where two branches meet. ``capability``: 10 · major + minor of the device.
     """
     kind = "half" if dtype.itemsize == 2 else precision
     few = cdiv(rows, 128) * cdiv(columns, 64) < 264  # not two tiles for each of an H100's 132 processors
@@ -110,6 +119,17 @@ def candidates(
         step = min(deep, deepest)
         fitting.append(Blocks(high, min(wide, widest), step, warps, min(stages, 1 + cdiv(inner, step))))
     return tuple(dict.fromkeys(fitting))
+
+
+def held(denominators: Denominators, linear: bool, product: bool) -> int:
+    """What a program of :func:`merged` holds at once, for :func:`candidates`.
+
+    S, twice that where it multiplies for both branches (``product``), and again where it writes two gates for each.
+    """
+    if not linear:
+        return denominators.stacks
+    both = denominators.stacks * (2 if product else 1)
+    return 2 * both if denominators.groups == 2 else both
 
 
 # Device functions -----------------------------------------------------------------------------------------------------
@@ -247,11 +267,12 @@ def _gated_kernel(
 
 @triton.jit
 def _merged_kernel(
-    x_ptr, weight_ptr, bias_ptr, branch_ptr, branch_bias_ptr, merged_ptr, gate_ptr, other_ptr,
-    row_count, height, width, out_height, out_width, C, K, epsilon, gamma,
+    x_ptr, weight_ptr, bias_ptr, branch_ptr, branch_weight_ptr, branch_bias_ptr, merged_ptr, gate_ptr, other_ptr,
+    row_count, height, width, out_height, out_width, branch_height, branch_width, C, K, BRANCH_K, epsilon, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     STRIDE: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr, IS_RESIDUAL: tl.constexpr,
-    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, OTHER_PRODUCT: tl.constexpr, BRANCH_STRIDE: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_BRANCH_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     rows, first_column = tile_of(C, ROWS, COLUMNS)
@@ -259,6 +280,12 @@ def _merged_kernel(
         x_ptr, weight_ptr, rows, first_column, row_count, height, width, out_height, out_width, C, K,
         STRIDE, STACKS, EVEN_K, PRECISION, ROWS, COLUMNS, INNER,
     )  # fmt: skip
+    if OTHER_PRODUCT:
+        branch_first, branch_second = stacked_product(
+            branch_ptr, branch_weight_ptr, rows, first_column, row_count, branch_height, branch_width,
+            out_height, out_width, C, BRANCH_K,
+            BRANCH_STRIDE, STACKS, EVEN_BRANCH_K, PRECISION, ROWS, COLUMNS, INNER,
+        )  # fmt: skip
     for part in tl.static_range(PARTS):
         columns = (first_column + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS))[None, :]
         column_inside = columns < C
@@ -267,10 +294,16 @@ def _merged_kernel(
             part_of(whole_first, part, PARTS, ROWS, COLUMNS), part_of(whole_second, part, PARTS, ROWS, COLUMNS),
             bias_ptr, columns, C, STACKS, HAS_BIAS,
         )  # fmt: skip
-        other_first, other_second = load_stack(
-            branch_ptr, branch_bias_ptr, rows, columns, inside, column_inside, C,
-            STACKS if OTHER_LINEAR else 1, OTHER_BIAS,
-        )  # fmt: skip
+        if OTHER_PRODUCT:
+            other_first, other_second = add_bias(
+                part_of(branch_first, part, PARTS, ROWS, COLUMNS), part_of(branch_second, part, PARTS, ROWS, COLUMNS),
+                branch_bias_ptr, columns, C, STACKS, OTHER_BIAS,
+            )  # fmt: skip
+        else:
+            other_first, other_second = load_stack(
+                branch_ptr, branch_bias_ptr, rows, columns, inside, column_inside, C,
+                STACKS if OTHER_LINEAR else 1, OTHER_BIAS,
+            )  # fmt: skip
         store_merge(
             first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
             epsilon, 0.0, 0.0, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
@@ -304,10 +337,12 @@ def merged(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
 
-    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant.
+    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant. With a
+    weight of the other's its last layer is multiplied here too, and its stacked output is never written, nor rounded.
     """
-    held = 4 if other.linear and denominators.groups == 2 else denominators.stacks
-    blocks, shape, arguments = _forward(x, weight, denominators, stride, precision, blocks, held)
+    blocks, shape, arguments = _forward(
+        x, weight, denominators, stride, precision, blocks, held(denominators, other.linear, other.weight is not None)
+    )
     result = x.new_empty(*shape)
     gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)
     other_end = None
@@ -316,10 +351,14 @@ def merged(
     elif split not in CONSTANT_SPLITS:
         other_end = result.new_empty(result.shape)
     _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
-        x, weight, x if bias is None else bias, other.tensor, x if other.bias is None else other.bias,
+        x, weight, x if bias is None else bias,
+        other.tensor, weight if other.weight is None else other.weight, x if other.bias is None else other.bias,
         result, gates, gates if other_end is None else other_end, **arguments,
+        branch_height=other.tensor.shape[1], branch_width=other.tensor.shape[2], BRANCH_K=other.tensor.shape[3],
         HAS_BIAS=bias is not None, RELU=relu, SPLIT=split, IS_RESIDUAL=is_residual,
         OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None,
+        OTHER_PRODUCT=other.weight is not None, BRANCH_STRIDE=other.stride,
+        EVEN_BRANCH_K=other.tensor.shape[3] % blocks.inner == 0,
         num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
     )  # fmt: skip
     return result, gates, other_end
@@ -327,7 +366,7 @@ def merged(
 
 def _forward(
     x: Tensor, weight: Tensor, denominators: Denominators, stride: int, precision: Precision, blocks: Blocks | None,
-    held: int,
+    stacks: int,
 ) -> tuple[Blocks, tuple[int, int, int, int], dict[str, Any]]:  # fmt: skip
     """The blocks, the result's shape (N, Ho, Wo, C) and the arguments that both forward kernels take."""
     if denominators.stabilizer == "guard":
@@ -340,7 +379,7 @@ def _forward(
     shape = (images, (height - 1) // stride + 1, (width - 1) // stride + 1, columns)
     rows = images * shape[1] * shape[2]
     if blocks is None:
-        blocks = candidates(rows, columns, inner, held, x.dtype, precision)[0]
+        blocks = candidates(rows, columns, inner, stacks, x.dtype, precision)[0]
     sizes = {"row_count": rows, "height": height, "width": width, "out_height": shape[1], "out_width": shape[2]}
     return blocks, shape, {
         **sizes, "C": columns, "K": inner, "STRIDE": stride, "STACKS": denominators.stacks, **denominators.arguments(),

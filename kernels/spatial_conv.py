@@ -60,7 +60,7 @@ TABLE: dict[tuple[str, int], list[tuple[int, int, int, int, int]]] = {
     ("tf32", 3): [(128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("tf32", 4): [(128, 32, 32, 8, 4), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("tf32", 6): [(64, 64, 32, 8, 4), (64, 32, 32, 4, 4)],
-    ("ieee", 1): [(64, 64, 16, 4, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3)],
+    ("ieee", 1): [(64, 64, 16, 4, 3), (64, 64, 32, 8, 3), (128, 32, 16, 4, 3)],
     ("ieee", 2): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
     ("ieee", 3): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
     ("ieee", 4): [(64, 64, 16, 8, 3), (64, 32, 16, 4, 3)],
@@ -73,13 +73,17 @@ def tiles_of(denominators: Denominators) -> int:
     return denominators.stacks if denominators.groups == 1 else 3
 
 
+def tiles_of_merge(denominators: Denominators, linear: bool) -> int:
+    """What a program of :func:`merged` holds at once: both branches' stacks, and more if it writes two gates for each."""
+    return 6 if linear and denominators.groups == 2 else 2 * denominators.stacks
+
+
 @lru_cache(maxsize=1024)
 def candidates(columns: int, inner: int, tiles: int, dtype: torch.dtype, precision: Precision) -> tuple[Blocks, ...]:
     """What is worth trying for ``columns`` of the result and K = ``inner`` a tap, both of one group; first the default.
 
     ``tiles``: how much a program holds at once, which decides how large a tile may be before registers spill: the
-    ends of :func:`backward`, :func:`tiles_of` for :func:`gated`; 2 · S for :func:`merged`, and 6 if it writes two gates
-    for each branch.
+    ends of :func:`backward`, :func:`tiles_of` for :func:`gated`, :func:`tiles_of_merge` for :func:`merged`.
     """
     widest, deepest = (max(16, next_power_of_2(size)) for size in (columns, inner))
     found = TABLE["half" if dtype.itemsize == 2 else precision, tiles]
@@ -226,9 +230,14 @@ def merged(
     """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
 
     That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant.
-    x, weight and bias as for :func:`gated`; ValueError for a zero-guard or narrow groups.
+    x, weight and bias as for :func:`gated`; ValueError for a zero-guard, narrow groups, or another layer to multiply.
     """
-    tiles = 6 if other.linear and denominators.groups == 2 else 2 * denominators.stacks
+    if other.weight is not None:
+        raise ValueError(
+            "got a branch with a weight, which pointwise_conv.merged multiplies, and expected a branch's value or its "
+            "last layer's raw output"
+        )
+    tiles = tiles_of_merge(denominators, other.linear)
     blocks, shape, arguments = _forward(
         x, weight, denominators, stride, padding, dilation, groups, tiles, precision, blocks
     )
@@ -469,7 +478,7 @@ def _stem_heatmap_kernel(
 STEM_TABLE: dict[str, list[tuple[int, int, int, int, int]]] = {
     "half": [(128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 16, 64, 4, 4), (128, 64, 64, 8, 3)],
     "tf32": [(128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (128, 16, 32, 4, 4)],
-    "ieee": [(128, 16, 16, 4, 3), (64, 16, 32, 4, 3), (64, 64, 16, 8, 3)],
+    "ieee": [(64, 16, 32, 4, 3), (128, 16, 32, 4, 2), (64, 64, 16, 8, 3)],
 }
 
 

@@ -73,11 +73,11 @@ class SmallResNet(nn.Module):
 
     def __init__(self, groups: int = 1, width: int = 12) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 24, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(24)
+        self.conv1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.layer1 = nn.Sequential(
-            Block("bottleneck", 24, width, 1, groups), Block("bottleneck", 2 * width, width, 1, groups)
+            Block("bottleneck", 16, width, 1, groups), Block("bottleneck", 2 * width, width, 1, groups)
         )
         self.layer2 = nn.Sequential(Block("bottleneck", 2 * width, 20, 2, groups))
         self.layer3 = nn.Sequential(Block("basic", 40, 24, 2, 1), Block("basic", 24, 24, 1, 1))
@@ -150,7 +150,7 @@ def test_a_small_resnet_is_the_references(model: nn.Module, images: Tensor, comp
     assert launched["pointwise_backward"] >= 7
     assert launched["gate"] >= 5
     assert launched["arrive"] >= 5
-    assert launched["spread"] == (15 if guarded else 0)
+    assert launched["spread"] == (16 if guarded else 0)
 
 
 @pytest.mark.usefixtures("fused_everywhere")
@@ -185,6 +185,23 @@ def test_every_split(model: nn.Module, images: Tensor, composite: str, split: st
     assert launched["pointwise_merged"] + launched["merge"] == (
         0 if (composite, split) == ("conserving", "signed") else 5
     )
+
+
+@pytest.mark.parametrize("composite", ["otsuki2024", "epsilon_alpha2_beta1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projection_and_the_branch_it_meets_are_one_kernel(
+    model: nn.Module, images: Tensor, composite: str, dtype: torch.dtype
+) -> None:
+    """Of three bottlenecks two have projections; a 3×3 convolution that meets one is the library's."""
+    explainer = LRP(model, composite, backend="triton", dtype=dtype)
+    table = {line.split()[0]: line for line in explainer.describe(SHAPE).splitlines()[1:]}
+    for name in ("layer1.0.add", "layer2.0.add"):
+        assert table[name].endswith("triton: pointwise_conv, for both branches")
+    assert table["layer1.1.add"].endswith("triton: pointwise_conv")
+    rounds = (composite, dtype) == ("epsilon_alpha2_beta1", torch.bfloat16)
+    beside = "torch: the parts of its output would be rounded" if rounds else "triton: pointwise_conv, beside the library"
+    assert beside in table["layer3.0.add"]
+    assert "triton: in its merge / pointwise_conv" in table["layer1.0.branch.6"]
 
 
 @pytest.mark.parametrize("composite", ["otsuki2024", "epsilon_gamma_box"])
@@ -426,6 +443,9 @@ def test_tuning_keeps_the_fastest_and_stays_right(model: nn.Module, images: Tens
     report = backend.tune(runner.program.passes, len(images), choices, timed)
     assert len(report.splitlines()) == len(choices.measured)
     assert {choice.way for choice in choices.measured.values()} == {"fused", "library"}
+    merges = [key for key in choices.measured if "-merge-" in key]
+    assert len(merges) == 5
+    assert sum(key.endswith("-()") for key in merges) == 2  # of five merges three have a projection
     before = len(times)
     backend.tune(runner.program.passes, len(images), choices, timed)
     assert len(times) == before

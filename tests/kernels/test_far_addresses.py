@@ -25,7 +25,8 @@ FAR = 2**31
 STRIDED = (
     "gate.gate 56² 256, groups of 4",
     "gate.gate 112² 64, stem",
-    "pointwise_conv.merged 56² 256→512 stride 2, projection",
+    "pointwise_conv.merged 56² 256→512 stride 2 + 28² 128→512",
+    "pointwise_conv.merged 28² 128→512, beside a library's",
     "pointwise_conv.backward 56² 128→256, merge of stride 2",
     "spatial_conv.gated 56² 128→128 stride 2",
     "spatial_conv.gated 56² 256, groups of 16",
@@ -35,7 +36,7 @@ STRIDED = (
 )
 FILLED = {
     "pool.winner_backward 112² 64, two ends",  # whose winners a case finds by pooling
-    "pointwise_conv.merged 28² 128→512, γ, projection",  # kept from poles
+    "pointwise_conv.merged 28² 128→512, γ, beside a library's",  # kept from poles
     "spatial_conv.merged 28² 128→128, γ, projection",
 }
 """Cases that are made by work on whole tensors."""

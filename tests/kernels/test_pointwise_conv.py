@@ -159,14 +159,23 @@ def test_gated_in_half_precision(denominators: Denominators) -> None:
 
 def check_merged(
     denominators: Denominators, shape: tuple[int, int, int, int], channels: int, split: str, *, stride: int = 1,
-    relu: bool = True, is_residual: bool = True, linear: bool = False, has_bias: bool = True,
+    relu: bool = True, is_residual: bool = True, linear: bool = False, product: int = 0, has_bias: bool = True,
     dtype: torch.dtype = torch.float32, precision: Precision = "ieee", blocks: Blocks | None = None,
 ) -> None:  # fmt: skip
+    """``linear``: the other branch is one too; ``product``: and the kernel multiplies for it, at that stride."""
     x = normal(*shape, dtype=dtype).relu()
     weight, bias = drawn(denominators, shape[-1], channels, dtype)
     given = bias if has_bias else None
     own, shares = understood(convolved(x, weight, given, stride), denominators)
-    if linear:
+    if product:
+        other_weight, other_bias = drawn(denominators, 48, channels, dtype)
+        images, height, width, _ = own.shape
+        y = normal(images, height * product, width * product - product // 2, 48, dtype=dtype).relu()
+        given_too = other_bias if has_bias else None
+        branch = Branch(y, True, given_too, weight=other_weight, stride=product)
+        other, other_shares = understood(convolved(y, other_weight, given_too, product), denominators)
+        linear = True
+    elif linear:
         other_weight, other_bias = drawn(denominators, 48, channels, dtype)
         raw = convolved(normal(*own.shape[:-1], 48).relu(), other_weight, None, 1).to(dtype)
         branch = Branch(raw, True, other_bias if has_bias else None)
@@ -206,6 +215,27 @@ def test_merged_with_a_value(split: str, is_residual: bool) -> None:
 @pytest.mark.parametrize("split", ["ratio", "symmetric", "residual-only"])
 def test_merged_with_another_linear_branch(denominators: Denominators, split: str) -> None:
     check_merged(denominators, (2, 5, 3, 24), 40, split, linear=True, blocks=WIDE)
+
+
+@pytest.mark.parametrize("denominators", [OWN, POSITIVE, ALPHA_BETA, GAMMA])
+@pytest.mark.parametrize("split", ["ratio", "symmetric", "residual-only"])
+def test_merged_multiplies_for_both_branches(denominators: Denominators, split: str) -> None:
+    check_merged(denominators, (2, 5, 3, 24), 40, split, product=1, blocks=WIDE)
+
+
+@pytest.mark.parametrize(("stride", "product"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("is_residual", [True, False])
+def test_merged_multiplies_at_two_strides(stride: int, product: int, is_residual: bool) -> None:
+    has_bias = stride > 1
+    check_merged(
+        POSITIVE, (3, 5, 4, 40), 24, "ratio", stride=stride, product=product, is_residual=is_residual,
+        has_bias=has_bias, relu=not has_bias, blocks=SMALL,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("denominators", [POSITIVE, ALPHA_BETA])
+def test_products_of_both_branches_in_half_precision_with_default_blocks(denominators: Denominators) -> None:
+    check_merged(denominators, (2, 3, 7, 24), 40, "ratio", product=2, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("linear", [True, False])
@@ -350,6 +380,9 @@ def test_on_a_gpu(images: int, dtype: torch.dtype, precision: Precision) -> None
         pytest.skip("needs a CUDA device")
     shape, options = (images, 28, 28, 128), {"dtype": dtype, "precision": precision}
     rows = images * 28 * 28
+    for blocks in candidates(rows, 512, 128, 4, dtype, precision):
+        check_merged(POSITIVE, shape, 512, "ratio", product=2, blocks=blocks, **options)  # type: ignore[arg-type]
+    check_merged(ALPHA_BETA, shape, 512, "ratio", product=1, **options)  # type: ignore[arg-type]
     for blocks in candidates(rows, 512, 128, 2, dtype, precision):
         check_gated(POSITIVE, shape, 512, blocks=blocks, **options)  # type: ignore[arg-type]
         for linear in (True, False):

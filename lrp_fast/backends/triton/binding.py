@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from lrp_fast.backends.torch import (
     Term,
     WinnerPool,
 )
-from lrp_fast.backends.triton.choice import Choice, Choices, Task
+from lrp_fast.backends.triton.choice import Choice, Choices, Direction, Task
 from lrp_fast.backends.triton.passes import (
     FusedLinear,
     FusedMerge,
@@ -38,9 +39,9 @@ from lrp_fast.splits import get_split
 Served = Passes | str
 """A unit's passes, or why there are none."""
 
-Direction = Literal["forward", "backward"]
 Recipe = tuple[tuple[float, Term], ...]
 LIBRARY = Choice("library")
+ROUNDED = "the parts of its output would be rounded to bfloat16 before they are summed"
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
@@ -76,7 +77,7 @@ def serve(
         if isinstance(operation, LinearOperation):
             served.append(_serve_linear(unit, operation, inputs[0], shape, precision, choices))
         elif isinstance(operation, MergeOperation):
-            found = _serve_merge(unit, operation, units, served, shape)
+            found = _serve_merge(unit, operation, units, served, shape, inputs[0][0], choices)
             if isinstance(found, str):
                 for place in unit.inputs:
                     if units[place].numerator == "weight":
@@ -117,13 +118,21 @@ def _serve_linear(
     task = task_of(operation, denominators, x_shape, shape, precision)
     onward, back = (choices.of(task(direction)) for direction in ("forward", "backward"))
     wide = has_wide_groups(layer, x_shape[1], shape[0])
-    if rounds_parts(operation, denominators):
-        if not wide:
-            return "the parts of its output would be rounded to bfloat16 before they are summed"
-        onward = onward if onward.way == "fused" else Choice("fused")
     if not wide:
         onward, back = LIBRARY, LIBRARY
-    return FusedLinear(operation, denominators, unit.relu, over_value, x_shape[1:], shape, precision, onward, back)
+    if rounds_parts(operation, denominators):
+        if not wide:
+            return ROUNDED
+        onward = _fused(onward)
+    merges = unit.numerator == "weight"
+    return FusedLinear(
+        operation, denominators, unit.relu, over_value, x_shape[1:], shape, precision, None if merges else onward, back
+    )
+
+
+def _fused(choice: Choice) -> Choice:
+    """A choice that is not the library's."""
+    return choice if choice.way == "fused" else Choice("fused")
 
 
 def rounds_parts(operation: LinearOperation, denominators: Denominators) -> bool:
@@ -142,7 +151,7 @@ def task_of(
     dtype = str(operation.dtype).removeprefix("torch.")
 
     def task(direction: Direction) -> Task:
-        stacks = denominators.stacks if direction == "forward" else denominators.groups
+        stacks = denominators.groups if direction == "backward" else denominators.stacks
         return Task(
             kernel,
             direction,
@@ -201,8 +210,9 @@ def denominators_of(operation: LinearOperation) -> Denominators | str:
 
 
 def _serve_merge(
-    unit: Unit, operation: MergeOperation, units: Sequence[Unit], served: Sequence[Served], shape: Shape
-) -> Served:
+    unit: Unit, operation: MergeOperation, units: Sequence[Unit], served: Sequence[Served], shape: Shape, batch: int,
+    choices: Choices,
+) -> Served:  # fmt: skip
     if operation.split.name not in SPLITS or get_split(operation.split.name) is not operation.split:
         return f"no kernel knows the split {operation.split.name!r}"
     if any(zeros is not None for zeros in operation.zeros):
@@ -223,11 +233,24 @@ def _serve_merge(
         return "no branch ends in a linear layer read by the merge alone"
     if len({branch.denominators for branch in linears}) > 1:
         return "its branches end in different rules"
-    if len(linears) > 1 and any(rounds_parts(branch.operation, branch.denominators) for branch in linears):
-        return "the parts of a branch's output would be rounded to bfloat16 before they are summed"
     if any(branch.layer.groups > 1 and branch.denominators.stacks > 1 for branch in linears):
         return "a branch ends in a grouped convolution"
-    return FusedMerge(operation, unit.relu, branches, shape)
+    last = linears[-1]
+    choice = choices.of(merge_task(linears, batch))
+    if not has_wide_groups(last.layer, last.x_shape[0], last.shape[0]):
+        choice = LIBRARY
+    if any(rounds_parts(branch.operation, branch.denominators) for branch in linears):
+        if len(linears) > 1 and not all(branch.pointwise for branch in linears):
+            return ROUNDED
+        choice = _fused(choice)
+    return FusedMerge(operation, unit.relu, branches, shape, choice)
+
+
+def merge_task(linears: Sequence[FusedLinear], batch: int) -> Task:
+    """The task of a merge's forward pass; ``linears``: the last layers of its branches that are such."""
+    *others, last = linears
+    task = task_of(last.operation, last.denominators, (batch, *last.x_shape), last.shape, last.precision)("merge")
+    return replace(task, beside=tuple((*branch.x_shape, *branch.weights.forward.shape[1:]) for branch in others))
 
 
 def _serve_pool(operation: ProportionalPool, x_shape: Shape, shape: Shape) -> Served:

@@ -20,14 +20,17 @@ from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.version import VERSION
 
 Way = Literal["fused", "library"]
+Direction = Literal["forward", "backward", "merge"]
+"""Of a convolution's pass; ``merge``: forward, where its output meets another branch."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One direction of one convolution, as far as its speed depends on it."""
+    """One direction of one convolution, as far as its speed depends on it. ``beside``: inputs and weight of the linear
+    layer that ends the other branch of a merge, if one does."""
 
     kernel: Literal["pointwise", "spatial"]
-    direction: Literal["forward", "backward"]
+    direction: Direction
     batch: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -36,6 +39,7 @@ class Task:
     stacks: int
     dtype: str
     precision: str
+    beside: tuple[tuple[int, ...], ...] = ()
 
     @property
     def key(self) -> str:

@@ -137,7 +137,7 @@ def _like_image_maximum(tensors: Tensors, values: Values) -> Sequence[Tensor]:
     return [tensors[0].new_empty(tensors[0].shape[0], dtype=torch.float32)]
 
 
-def _merged_like(like: Tensor, other: Tensor, shape: Sequence[int], stacked: int, values: Values) -> list[Tensor]:
+def _merged_like(like: Tensor, shape: Sequence[int], stacked: int, values: Values) -> list[Tensor]:
     merged, gates = _gated_like(like, shape, stacked, values)
     if values["other_linear"]:
         return [merged, gates, torch.empty_like(gates)]
@@ -155,8 +155,8 @@ def _run_merge(tensors: Tensors, values: Values) -> Sequence[Tensor]:
 
 
 def _like_merge(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-    tensor, other = tensors[0], tensors[3]
-    return _merged_like(tensor, other, tensor.shape[:-1], tensor.shape[-1], values)
+    tensor = tensors[0]
+    return _merged_like(tensor, tensor.shape[:-1], tensor.shape[-1], values)
 
 
 def _out_shape(x: Tensor, weight: Tensor, values: Values) -> tuple[int, ...]:
@@ -181,13 +181,14 @@ def _convolution(module: Any) -> tuple[tuple[Callable[..., Any], Callable[..., A
         return _gated_like(x, _out_shape(x, weight, values), weight.shape[0], values)
 
     def run_merged(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-        x, weight, bias, other, other_bias = tensors
-        branch = Branch(other, values.pop("other_linear"), other_bias)
+        x, weight, bias, other, other_bias, other_weight = tensors
+        linear, stride = values.pop("other_linear"), values.pop("other_stride")
+        branch = Branch(other, linear, other_bias, weight=other_weight, stride=stride)
         return _given(module.merged(x, weight, bias, branch, **values))
 
     def like_merged(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-        x, weight, _, other, _ = tensors
-        return _merged_like(x, other, _out_shape(x, weight, values), weight.shape[0], values)
+        x, weight = tensors[:2]
+        return _merged_like(x, _out_shape(x, weight, values), weight.shape[0], values)
 
     return (run_gated, like_gated), (run_merged, like_merged)
 

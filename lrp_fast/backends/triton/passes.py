@@ -253,12 +253,12 @@ class FusedLinear(TritonPasses):
     """A convolution under a rule: stacked weights forward, with gates, and one transposed map backward.
 
     For each direction a :class:`Choice`: a kernel with the pass in its epilogue, or the library's convolution with the
-    pass behind it.
+    pass behind it. ``onward`` is None for the last layer of a branch, whose forward pass is its merge's.
     """
 
     def __init__(
         self, operation: LinearOperation, denominators: Denominators, relu: bool, over_value: bool,
-        x_shape: Shape, shape: Shape, precision: str, onward: Choice, back: Choice,
+        x_shape: Shape, shape: Shape, precision: str, onward: Choice | None, back: Choice,
     ) -> None:  # fmt: skip
         layer = operation.layer
         assert isinstance(layer, Convolution)
@@ -270,10 +270,11 @@ class FusedLinear(TritonPasses):
         self.kernel = "pointwise" if self.pointwise else "spatial"
         self.adds = self.pointwise and back.way == "fused" and layer.stride[0] == 1 and self.guard is None
         # A zero-guard looks at a whole image before its first gate.
-        self.fuses = onward.way == "fused" and self.guard is None
+        self.fuses = onward is not None and onward.way == "fused" and self.guard is None
         self._configure()
         self.weights = packed_weights(operation, denominators)
-        ways = (f"{self.kernel}_conv" if self.fuses else "library + gate", _way(self.kernel, back))
+        first = "in its merge" if onward is None else f"{self.kernel}_conv" if self.fuses else "library + gate"
+        ways = (first, _way(self.kernel, back))
         self.service = "triton: " + " / ".join(dict.fromkeys(ways))
 
     def _configure(self) -> None:
@@ -283,7 +284,7 @@ class FusedLinear(TritonPasses):
             geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
             self.geometry = geometry | {"groups": layer.groups}
         own = {"denominators": self.denominators, "relu": self.relu, "over_value": self.over_value}
-        tile = {"precision": self.precision, "blocks": self.onward.blocks}
+        tile = {"precision": self.precision, "blocks": None if self.onward is None else self.onward.blocks}
         self.gated = configuration(**self.geometry, **own, **tile)
         width = self.shape[0] // layer.groups if layer.groups > 1 and self.denominators.stacks > 1 else 0
         self.gate = configuration(**own, group_width=width)
@@ -378,48 +379,53 @@ def _way(kernel: str, choice: Choice) -> str:
 class FusedMerge(TritonPasses):
     """``h = ReLU(F + S)`` in the epilogue of a branch's last layer; relevance goes on through both branches' gates.
 
-    ``branches``: each branch's last layer, where that is linear and the merge alone reads it.
+    ``branches``: each branch's last layer, where that is linear and the merge alone reads it. ``choice``: that layer's
+    kernel with the merge in its epilogue, which multiplies for both branches where both end in 1×1 convolutions; or the
+    library's convolutions, the merge behind them.
     """
 
     def __init__(
-        self, operation: MergeOperation, relu: bool, branches: Sequence[FusedLinear | None], shape: Shape
-    ) -> None:
-        self.shape, self.branches = shape, tuple(branches)
+        self, operation: MergeOperation, relu: bool, branches: Sequence[FusedLinear | None], shape: Shape,
+        choice: Choice,
+    ) -> None:  # fmt: skip
+        self.operation, self.relu, self.shape, self.branches = operation, relu, shape, tuple(branches)
         self.takes = [branch is not None for branch in branches]
         self.this = max(place for place, branch in enumerate(branches) if branch is not None)
         self.other = 1 - self.this
         last = self.branches[self.this]
         assert last is not None
         self.last, self.beside, self.dtype = last, self.branches[self.other], last.dtype
+        # A zero-guard looks at a whole image before its first gate.
+        self.fuses = choice.way == "fused" and last.guard is None
+        self.multiplies = self.fuses and self.beside is not None and last.pointwise and self.beside.pointwise
         split = operation.split.name
         values = {
             "denominators": last.denominators, "split": split, "relu": relu,
             "is_residual": self.this != operation.skip, "other_linear": self.beside is not None,
         }  # fmt: skip
         self.merge = configuration(**values)
-        self.merged = configuration(**values, **last.geometry, precision=last.precision, blocks=None)
+        stride = self.beside.layer.stride[0] if self.beside is not None and self.multiplies else 1
+        tile = {"precision": last.precision, "blocks": choice.blocks, "other_stride": stride}
+        self.merged = configuration(**values, **last.geometry, **tile)
         constant = CONSTANT_SPLITS.get(split, (1.0, 1.0))
         self.weights = (constant[1], constant[0]) if operation.skip == 0 else constant
-        self.service = f"triton: {f'in {last.kernel}_conv' if last.fuses else 'merge'}"
+        beside = "" if self.beside is None else ", for both branches" if self.multiplies else ", beside the library"
+        self.service = f"triton: {last.kernel}_conv{beside}" if self.fuses else "triton: library + merge"
         self.settles = last.guard is None
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
         x, y = sources[self.this], sources[self.other]
-        beside = self.beside
-        other = pack(y) if beside is None else beside.raw(y)
+        beside, last = self.beside, self.last
+        weight = beside.weights.forward if beside is not None and self.multiplies else None
+        other = pack(y.to(self.dtype)) if beside is None or self.multiplies else beside.raw(y)
         bias = None if beside is None else beside.weights.bias
-        if self.last.fuses:
-            x = pack(x.to(self.last.operation.dtype))
-            merged, *gates = launch(
-                f"{self.last.kernel}_merged",
-                [x, self.last.weights.forward, self.last.weights.bias, other, bias],
-                self.merged,
-            )
+        if self.fuses:
+            tensors = [pack(x.to(self.dtype)), last.weights.forward, last.weights.bias, other, bias, weight]
+            merged, *gates = launch(f"{last.kernel}_merged", tensors, self.merged)
         else:
-            stacked = self.last.raw(x)
-            limits = (self.last.limit(stacked), None if beside is None else beside.limit(other))
-            tensors = [stacked, self.last.weights.bias, limits[0], other, bias, limits[1]]
-            merged, *gates = launch("merge", tensors, self.merge)
+            stacked = last.raw(x)
+            limits = (last.limit(stacked), None if beside is None else beside.limit(other))
+            merged, *gates = launch("merge", [stacked, last.weights.bias, limits[0], other, bias, limits[1]], self.merge)
         saved: list[Ends] = [(End(scale=weight),) for weight in self.weights]
         saved[self.this] = gate_ends(gates[0], self.last.denominators)
         if len(gates) > 1:

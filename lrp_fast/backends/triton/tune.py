@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from lrp_fast.backends.passes import Passes
-from lrp_fast.backends.triton.binding import LIBRARY, Direction, has_wide_groups, task_of
-from lrp_fast.backends.triton.choice import Choice, Choices
-from lrp_fast.backends.triton.passes import FusedLinear
+from lrp_fast.backends.triton.binding import LIBRARY, has_wide_groups, merge_task, rounds_parts, task_of
+from lrp_fast.backends.triton.choice import Choice, Choices, Task
+from lrp_fast.backends.triton.passes import FusedLinear, FusedMerge
 from lrp_fast.kernels import pointwise_conv, spatial_conv
 from lrp_fast.kernels.common import Arrival, End
+from lrp_fast.kernels.pointwise_conv import Blocks
 
 REPEATS, CALLS = 5, 4
 BUSY_CYCLES = 2_000_000
@@ -26,52 +28,115 @@ BUSY_CYCLES = 2_000_000
 def tune(
     passes: Sequence[Passes | None], batch: int, choices: Choices, timed: Callable[..., float] | None = None
 ) -> str:
-    """Measure every convolution that has no measured choice yet, keep the best, and say what was chosen."""
+    """Measure every convolution and merge that has no measured choice yet, keep the best, and say what was chosen."""
     rows = []
-    for layer in passes:
-        if not isinstance(layer, FusedLinear) or not has_wide_groups(layer.layer, layer.x_shape[0], layer.shape[0]):
-            continue
-        task = task_of(layer.operation, layer.denominators, (batch, *layer.x_shape), layer.shape, layer.precision)
-        for direction in ("forward", "backward"):
-            one = task(direction)
-            if one.key not in choices.measured:
-                best = _best(layer, direction, batch, timed or milliseconds)
-                choices.keep(one, best)
-            found = choices.of(one)
-            rows.append(f"{one.key}: {found.way} {'' if found.blocks is None else found.blocks}")
+    for task, candidates in _tasks(passes, batch):
+        if task.key not in choices.measured:
+            times = {choice: (timed or milliseconds)(work) for choice, work in candidates}
+            choices.keep(task, min(times, key=lambda choice: times[choice]))
+        found = choices.of(task)
+        rows.append(f"{task.key}: {found.way} {'' if found.blocks is None else found.blocks}")
     return "\n".join(dict.fromkeys(rows))
 
 
-def _best(layer: FusedLinear, direction: Direction, batch: int, timed: Callable[..., float]) -> Choice:
-    times: dict[Choice, float] = {}
-    for choice in _candidates(layer, direction, batch):
-        onward, back = (choice, layer.back) if direction == "forward" else (layer.onward, choice)
-        variant = FusedLinear(
-            layer.operation, layer.denominators, layer.relu, layer.over_value, layer.x_shape, layer.shape,
-            layer.precision, onward, back,
-        )  # fmt: skip
-        times[choice] = timed(_work(variant, direction, batch))
-    return min(times, key=lambda choice: times[choice])
+Candidates = Iterator[tuple[Choice, Callable[[], object]]]
+"""Each choice worth trying, and one pass under it."""
 
 
-def _candidates(layer: FusedLinear, direction: Direction, batch: int) -> Iterator[Choice]:
-    yield LIBRARY
+def _tasks(passes: Sequence[Passes | None], batch: int) -> Iterator[tuple[Task, Candidates]]:
+    for one in passes:
+        if isinstance(one, FusedMerge):
+            linears = [branch for branch in one.branches if branch is not None]
+            if _wide(one.last):
+                yield merge_task(linears, batch), _of_merge(one, batch)
+        elif isinstance(one, FusedLinear) and _wide(one):
+            task = task_of(one.operation, one.denominators, (batch, *one.x_shape), one.shape, one.precision)
+            if one.onward is not None:
+                yield task("forward"), _of_forward(one, batch)
+            yield task("backward"), _of_backward(one, batch)
+
+
+def _wide(layer: FusedLinear) -> bool:
+    return has_wide_groups(layer.layer, layer.x_shape[0], layer.shape[0])
+
+
+def _choices(layer: FusedLinear, blocks: Iterable[Blocks], forward: bool = True) -> Iterator[Choice]:
+    """The library's convolution, where it would do, and the kernel with each of its blocks."""
+    if not (forward and rounds_parts(layer.operation, layer.denominators)):
+        yield LIBRARY
+    if not (forward and layer.guard is not None):  # which looks at a whole image before its first gate
+        yield from (Choice("fused", one) for one in blocks)
+
+
+def _of_forward(layer: FusedLinear, batch: int) -> Candidates:
     (inputs, *_), (outputs, height, width) = layer.x_shape, layer.shape
-    dtype, groups = layer.operation.dtype, layer.layer.groups
-    forward = direction == "forward"
-    if layer.guard is not None and forward:
-        return
-    stacks = layer.denominators.stacks if forward else 1
-    columns, inner = (outputs, inputs) if forward else (inputs, outputs * layer.denominators.groups)
+    dtype, groups, denominators = layer.dtype, layer.layer.groups, layer.denominators
     precision: Any = layer.precision
     if layer.pointwise:
-        capability = _capability(layer.weights.backward.device)
-        rows = batch * height * width
-        blocks = pointwise_conv.candidates(rows, columns, inner, stacks, dtype, precision, capability)
+        rows, capability = batch * height * width, _capability(layer.weights.backward.device)
+        blocks = pointwise_conv.candidates(rows, outputs, inputs, denominators.stacks, dtype, precision, capability)
     else:
-        tiles = spatial_conv.tiles_of(layer.denominators) if forward else 1
-        blocks = spatial_conv.candidates(columns // groups, inner // groups, tiles, dtype, precision)
-    yield from (Choice("fused", one) for one in blocks)
+        tiles = spatial_conv.tiles_of(denominators)
+        blocks = spatial_conv.candidates(outputs // groups, inputs // groups, tiles, dtype, precision)
+    x = _input(layer, batch)
+    for choice in _choices(layer, blocks):
+        yield choice, partial(_variant(layer, choice, layer.back).forward, [x])
+
+
+def _of_backward(layer: FusedLinear, batch: int) -> Candidates:
+    (inputs, *around), (outputs, height, width) = layer.x_shape, layer.shape
+    dtype, groups, inner = layer.dtype, layer.layer.groups, outputs * layer.denominators.groups
+    precision: Any = layer.precision
+    if layer.pointwise:
+        rows, capability = batch * height * width, _capability(layer.weights.backward.device)
+        blocks = pointwise_conv.candidates(rows, inputs, inner, 1, dtype, precision, capability)
+    else:
+        blocks = spatial_conv.candidates(inputs // groups, inner // groups, 1, dtype, precision)
+    s, gate = _random(layer, batch, height, width, inner), _random(layer, batch, *around, inputs)
+    for choice in _choices(layer, blocks, forward=False):
+        variant = _variant(layer, layer.onward, choice)
+        if layer.pointwise and layer.layer.stride[0] > 1:  # whose message is settled with another's
+            yield choice, partial(variant.send, [s], None, False)
+        else:
+            yield choice, partial(variant.send_settled, [s], Arrival((End(gate),)))
+
+
+def _of_merge(merge: FusedMerge, batch: int) -> Candidates:
+    """With a plain gate in place of what a branch that is no layer gets."""
+    last, beside = merge.last, merge.beside
+    outputs, height, width = merge.shape
+    (inputs, *_), groups, denominators = last.x_shape, last.layer.groups, last.denominators
+    precision: Any = last.precision
+    if last.pointwise:
+        held = pointwise_conv.held(denominators, beside is not None, beside is not None and beside.pointwise)
+        rows, capability = batch * height * width, _capability(last.weights.backward.device)
+        blocks = pointwise_conv.candidates(rows, outputs, inputs, held, last.dtype, precision, capability)
+    else:
+        tiles = spatial_conv.tiles_of_merge(denominators, beside is not None)
+        blocks = spatial_conv.candidates(outputs // groups, inputs // groups, tiles, last.dtype, precision)
+    sources = [_random(last, batch, height, width, outputs).permute(0, 3, 1, 2)] * 2
+    for place, branch in enumerate(merge.branches):
+        if branch is not None:
+            sources[place] = _input(branch, batch)
+    for choice in _choices(last, blocks):
+        variant = FusedMerge(merge.operation, merge.relu, merge.branches, merge.shape, choice)
+        yield choice, partial(variant.forward, sources)
+
+
+def _variant(layer: FusedLinear, onward: Choice | None, back: Choice) -> FusedLinear:
+    return FusedLinear(
+        layer.operation, layer.denominators, layer.relu, layer.over_value, layer.x_shape, layer.shape,
+        layer.precision, onward, back,
+    )  # fmt: skip
+
+
+def _random(layer: FusedLinear, *shape: int) -> Tensor:
+    return torch.rand(shape, device=layer.weights.backward.device, dtype=layer.dtype)
+
+
+def _input(layer: FusedLinear, batch: int) -> Tensor:
+    channels, height, width = layer.x_shape
+    return _random(layer, batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _capability(device: torch.device) -> int:
@@ -80,24 +145,6 @@ def _capability(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _work(layer: FusedLinear, direction: Direction, batch: int) -> Callable[[], object]:
-    """One pass of a layer on random tensors, with a plain gate at the other end."""
-    device, dtype = layer.weights.backward.device, layer.operation.dtype
-
-    def random(*shape: int) -> Tensor:
-        return torch.rand(shape, device=device, dtype=dtype)
-
-    if direction == "forward":
-        x = random(batch, *layer.x_shape[1:], layer.x_shape[0]).permute(0, 3, 1, 2)
-        return lambda: layer.forward([x])
-    height, width = layer.shape[1:]
-    s = random(batch, height, width, layer.shape[0] * layer.denominators.groups)
-    if layer.pointwise and not layer.adds:
-        return lambda: layer.send([s], None, False)
-    gate = random(batch, *layer.x_shape[1:], layer.x_shape[0])
-    return lambda: layer.send_settled([s], Arrival((End(gate),)))
 
 
 def milliseconds(work: Callable[[], object]) -> float:
