@@ -35,6 +35,8 @@ STEM = Denominators("own", 1e-5, "plain")  # otsuki2024's sees ones instead of p
 ALPHA_BETA = Denominators("signs", 1e-6)
 GAMMA = Denominators("gamma", 1e-6, gamma=0.25)
 GUARD = Denominators("stacked", stabilizer="guard")
+FAINT = 1e-4
+"""How small a zero-guard's denominators are in every other channel."""
 THREE = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
 
 
@@ -88,7 +90,8 @@ class Maker:
     ) -> tuple[Tensor, Tensor]:
         """Stacked weight (S · C, \\*inner) and bias (S · C); ``rising``: the layer's own output is positive.
 
-        Where gates jump at an output of zero (ε, γ), it is far from that: above in every other channel, else below.
+        Where gates jump at an output of zero (ε, γ), it is far from that: above in every other channel, else below. So are
+        a zero-guard's denominators from its limit.
         """
         plus = self.positive(channels, *inner) / math.sqrt(math.prod(inner))
         minus = -self.positive(channels, *inner) / math.sqrt(math.prod(inner))
@@ -98,6 +101,9 @@ class Maker:
                 own[1::2] *= -1
                 bias[1::2] *= -1
             plus, minus = own.clamp(min=0), own.clamp(max=0)
+        elif denominators.stabilizer == "guard":
+            plus[::2] *= FAINT
+            bias = self.normal(channels) / 8
         else:
             kept = torch.rand(plus.shape, device=self.device) < 0.5
             plus, minus, bias = plus * kept, minus * ~kept, self.normal(channels) / 8
@@ -119,6 +125,11 @@ class Maker:
             own = self.normal(*shape)
             return torch.cat([own, own.clamp(min=0) + self.positive(*shape)], -1)
         return torch.cat([self.positive(*shape), -self.positive(*shape) / 2], -1)
+
+    def limit(self, denominators: Denominators, batch: int) -> Tensor | None:
+        """What counts as zero in each image, under a zero-guard: half of all denominators do."""
+        limit = torch.full((batch,), math.sqrt(FAINT), device=self.device)
+        return limit if denominators.stabilizer == "guard" else None
 
 
 def moved(*tensors: Tensor | None) -> int:
@@ -235,8 +246,12 @@ def settled(acc: Tensor | None, arrival: Arrival, like: Tensor) -> list[Tensor]:
     results = []
     for end in arrival.ends:
         gate = end.scale if end.gate is None else end.gate
-        if isinstance(gate, Tensor) and end.part != "whole":
-            gate = gate.clamp(min=0) if end.part == "alive" else (-gate).clamp(min=0)
+        if end.gate is not None and end.part == "guarded":
+            results.append((total * end.gate.clamp(min=0)).to(like.dtype))
+            results.append(
+                F.pad(total * (-end.gate).clamp(min=0), (0, -total.shape[-1] % 8)).unflatten(-1, (-1, 8)).sum(-1)
+            )
+            continue
         results.append((torch.cat([total] * end.groups, -1) * gate).to(like.dtype))
     return results
 
@@ -252,7 +267,7 @@ def build_gate(
     make = Maker(device, dtype)
     stacked = make.stacked(rule, batch, size, size, channels)
     bias = None if rule.stabilizer == "guard" else make.positive(rule.stacks * channels)
-    limit = torch.full((batch,), 0.1, device=device) if rule.stabilizer == "guard" else None
+    limit = make.limit(rule, batch)
     same = make.positive(size, size, channels) if fixed else None
     if rule.kind == "signs" and bias is not None:
         bias[channels:] *= -0.5
@@ -336,14 +351,43 @@ def build_gated(
     make = Maker(device, dtype)
     x = make.positive(batch, shape.size, shape.size, shape.inputs)
     weight, bias = make.weights(rule, shape.outputs, *shape.inner)
+    limit = make.limit(rule, batch)
+    limited = {} if limit is None else {"limit": limit}
     module: Any = pointwise_conv if shape.taps == 1 else spatial_conv
     run = partial(
-        module.gated, x, weight, bias, rule, relu=True, over_value=True, precision=precision, **shape.arguments()
+        module.gated,
+        x,
+        weight,
+        bias,
+        rule,
+        relu=True,
+        over_value=True,
+        precision=precision,
+        **shape.arguments(),
+        **limited,
     )
     written = batch * shape.out**2 * shape.outputs * (1 + rule.groups) * dtype.itemsize
     return Prepared(
-        run, lambda: gated(shape.raw(x, weight, rule.stacks), bias, rule),
-        shape.read(x) + moved(weight, bias) + written, shape.flops(batch, rule.stacks),
+        run, lambda: gated(shape.raw(x, weight, rule.stacks), bias, rule, limit),
+        shape.read(x) + moved(weight, bias, limit) + written, shape.flops(batch, rule.stacks),
+    )  # fmt: skip
+
+
+def build_product_maximum(
+    device: torch.device, dtype: torch.dtype, batch: int, precision: Precision, *, shape: Convolution
+) -> Prepared:
+    """pointwise_conv.image_maximum, for a zero-guard: of the second of two stacked weights."""
+    make = Maker(device, dtype)
+    x = make.positive(batch, shape.size, shape.size, shape.inputs)
+    weight, bias = make.weights(GUARD, shape.outputs, *shape.inner)
+    half, rest = weight[shape.outputs :], bias[shape.outputs :]
+
+    def eager() -> list[Tensor]:
+        return [(shape.raw(x, half, 1).float() + rest).flatten(1).amax(1)]
+
+    run = partial(pointwise_conv.image_maximum, x, weight, bias, GUARD, stride=shape.stride, precision=precision)
+    return Prepared(
+        lambda: [run()], eager, shape.read(x) + moved(half, rest) + 4 * batch, shape.flops(batch, 1)
     )  # fmt: skip
 
 
@@ -359,8 +403,7 @@ def other_branch(
     if rule.kind == "signs":
         tensor[..., channels:] /= 4 if rising else 1
         bias[channels:] *= -0.125 if rising else -0.5
-    limit = torch.full((batch,), 0.1, device=make.device) if rule.stabilizer == "guard" else None
-    return Branch(tensor, True, bias, limit)
+    return Branch(tensor, True, bias, make.limit(rule, batch))
 
 
 def build_merged(
@@ -380,23 +423,25 @@ def build_merged(
     else:
         other_weight, other_bias = make.weights(rule, beside.outputs, *beside.inner, rising=rising)
         y, linear = make.positive(batch, beside.size, beside.size, beside.inputs), True
-        other = Branch(y, True, other_bias, weight=other_weight, stride=beside.stride)
+        other = Branch(y, True, other_bias, make.limit(rule, batch), other_weight, beside.stride)
+    limit = make.limit(rule, batch)
+    limited = {} if limit is None else {"limit": limit}
     module: Any = pointwise_conv if shape.taps == 1 else spatial_conv
     run = partial(
         module.merged, x, weight, bias, other, rule, split, relu=True, is_residual=not linear, precision=precision,
-        **shape.arguments(),
+        **shape.arguments(), **limited,
     )  # fmt: skip
 
     def eager() -> list[Tensor]:
         met = other
         if beside is not None and other.weight is not None:
-            met = Branch(beside.raw(other.tensor, other.weight, rule.stacks), True, other.bias)
-        return merged(shape.raw(x, weight, rule.stacks), bias, met, rule, split, not linear)
+            met = Branch(beside.raw(other.tensor, other.weight, rule.stacks), True, other.bias, other.limit)
+        return merged(shape.raw(x, weight, rule.stacks), bias, met, rule, split, not linear, limit)
 
     return Prepared(
         lambda: [result for result in run() if result is not None],
         eager,
-        shape.read(x) + moved(weight, bias, other.weight, other.bias)
+        shape.read(x) + moved(weight, bias, limit, other.weight, other.bias, other.limit)
         + (moved(other.tensor) if beside is None else beside.read(other.tensor))
         + batch * shape.out**2 * shape.outputs * written_by_merge(rule, split, linear) * dtype.itemsize,
         shape.flops(batch, rule.stacks) + (0 if beside is None else beside.flops(batch, rule.stacks)),
@@ -430,7 +475,7 @@ def build_merge(
 
 @dataclass(frozen=True)
 class Arriving:
-    """Which parts an :class:`Arrival` has, and the groups of each end's gate, 0 for none."""
+    """Which parts an :class:`Arrival` has, and the groups of each end's gate, 0 for none; ``guard``: the first is guarded."""
 
     ends: tuple[int, ...] = (1,)
     value: bool = False
@@ -446,8 +491,7 @@ class Arriving:
             End(make.positive(*plane, groups * channels), groups) if groups else End(scale=0.5) for groups in self.ends
         )
         if self.guard:
-            coded = make.normal(*plane, channels)
-            ends = (End(coded, part="alive"), End(coded, part="dead"))
+            ends = (End(make.normal(*plane, channels), part="guarded"), *ends[1:])
         step = self.previous_stride
         small = 0 if step == 0 else (size - 1) // step + 1
         return Arrival(
@@ -462,9 +506,11 @@ class Arriving:
 
 def moved_by_arrival(arrival: Arrival, elements: int, dtype: torch.dtype) -> int:
     """Bytes read and written by settling ``elements`` of relevance."""
-    gates = {id(end.gate): end.gate for end in arrival.ends}.values()
+    gates = [end.gate for end in arrival.ends]
     read = moved(arrival.value, arrival.previous, arrival.dense, arrival.even, *gates)
-    return read + elements * sum(end.groups for end in arrival.ends) * dtype.itemsize
+    dead = sum(4 * gate.numel() // gate.shape[-1] * -(-gate.shape[-1] // 8)
+               for end, gate in zip(arrival.ends, gates, strict=True) if gate is not None and end.part == "guarded")  # fmt: skip
+    return read + dead + elements * sum(end.groups for end in arrival.ends) * dtype.itemsize
 
 
 def build_arrive(
@@ -911,6 +957,19 @@ def guard_cases(found: Collected, stage: Stage) -> None:
     for linear in (False, True):
         what = f"{size}² {outputs}, guard{', projection' if linear else ''}"
         found.add("merge.merge", 0, build_merge, what, size=size, channels=outputs, rule=GUARD, linear=linear)
+    wide, (skip, beside) = Convolution(size, width, outputs), projection(stage)
+    add = partial(found.add, "pointwise_conv.merged", 0, build_merged)
+    add(f"{size}² {width}→{outputs}, guard", shape=wide, rule=GUARD)
+    add(f"{stage.before}²+{size}²→{outputs}, guard, projection", shape=skip, beside=beside, rule=GUARD)
+    what = f"{size}² {outputs}→{width}, guard"
+    found.add("pointwise_conv.gated", 0, build_gated, what, shape=Convolution(size, outputs, width), rule=GUARD)
+    for shape in (wide, Convolution(size, outputs, width)):
+        what = f"{size}² {shape.inputs}→{shape.outputs}"
+        found.add("pointwise_conv.image_maximum", 0, build_product_maximum, what, shape=shape)
+    found.add(
+        "pointwise_conv.backward", 0, build_pointwise_backward, f"{size}² {width}→{outputs}, guard, merge",
+        size=size, inner=width, channels=outputs, arriving=Arriving((1, 1), value=True, dense=True, even=True, guard=True),
+    )  # fmt: skip
     arriving = Arriving(value=True, dense=True, even=True, guard=True)
     found.add("merge.arrive", 0, build_arrive, f"{size}² {width}, guard", size=size, channels=width, arriving=arriving)
     found.add("pool.spread", 0, build_spread, f"{size}² {width}", size=size, channels=width)

@@ -22,6 +22,7 @@ from lrp_fast.backends.passes import Passes
 from lrp_fast.backends.triton import Choices, serve
 from lrp_fast.composites import Composite
 from lrp_fast.engine import Operation, Program, bind_linears
+from lrp_fast.kernels.common import Denominators
 from lrp_fast.layers import Shape
 from lrp_fast.plan import Unit
 from lrp_fast.trace import parameter_table, trace
@@ -33,6 +34,7 @@ RATES = {2: 800e12, 4: 50e12}
 
 KERNELS = {
     "gate": "gate.gate", "image_maximum": "gate.image_maximum", "merge": "merge.merge", "arrive": "merge.arrive",
+    "pointwise_maximum": "pointwise_conv.image_maximum",
     "pointwise_gated": "pointwise_conv.gated", "pointwise_merged": "pointwise_conv.merged",
     "pointwise_backward": "pointwise_conv.backward", "spatial_gated": "spatial_conv.gated",
     "spatial_merged": "spatial_conv.merged", "spatial_backward": "spatial_conv.backward",
@@ -134,7 +136,10 @@ def _pass(operator: str, args: tuple[Any, ...], read: list[Tensor], written: lis
     if operator.startswith("lrp_fast::"):
         name = KERNELS[own]
         values = json.loads(args[1])
-        if own in ("pointwise_gated", "pointwise_merged"):  # which read only what they use
+        if own.endswith("_maximum"):  # of the second stack, where there is one
+            stack = read[own == "pointwise_maximum"]
+            moved -= size(stack) - size(stack) // _stacks(values)
+        if own in ("pointwise_maximum", "pointwise_gated", "pointwise_merged"):  # which read only what they use
             moved += size(read[0]) // values["stride"] ** 2 - size(read[0])
         if own == "pointwise_merged":
             other = size(args[0][3])
@@ -153,6 +158,10 @@ def _check_dtypes(name: str, operands: Sequence[Tensor]) -> None:
         raise ValueError(f"{name} would get {got} to multiply, and takes one dtype only")
 
 
+def _stacks(values: dict[str, Any]) -> int:
+    return Denominators(**values["denominators"]).stacks
+
+
 def _flops(operator: str, args: tuple[Any, ...], read: list[Tensor], written: list[Tensor]) -> int:
     """Of the matrix products, multiply-adds times two."""
     if operator == "convolution":
@@ -161,6 +170,11 @@ def _flops(operator: str, args: tuple[Any, ...], read: list[Tensor], written: li
     if operator in ("mm", "addmm"):
         first, second = args[-2:]
         return 2 * first.shape[0] * second.numel()
+    if operator == "pointwise_maximum":
+        values = json.loads(args[1])
+        images, height, width, _ = read[0].shape
+        pixels = math.prod(-(-length // values["stride"]) for length in (height, width))
+        return 2 * images * pixels * read[1].numel() // _stacks(values)
     if operator.startswith(("pointwise", "spatial")):
         rows = written[0] if operator.endswith(("gated", "merged")) else read[0]
         others = {"pointwise_backward": 3, "pointwise_merged": 5}

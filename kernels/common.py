@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,9 @@ CONSTANT_SPLITS = {"symmetric": (0.5, 0.5), "residual-only": (1.0, 0.0)}
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Compiler options of every launch: the default of this one flips in Triton 3.10."""
+
+EIGHTH = 8
+"""Channels whose dead relevance is summed where it is settled: what a thread holds of a row."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +68,31 @@ class Denominators:
         }  # fmt: skip
 
 
+def check_one_denominator(denominators: Denominators) -> None:
+    """Raise ``ValueError`` for rules of two denominators: a zero-guard looks at one."""
+    if denominators.groups != 1:
+        raise ValueError(f"got denominators {denominators.kind!r} of two groups, and expected 'own' or 'stacked'")
+
+
 @dataclass(frozen=True)
 class End:
     """Where relevance goes on to: ``R · gate`` (rows × groups · C), or ``R · scale`` if there is no gate.
 
-    ``part``: of a zero-guarded gate, coded by sign, what is ``"alive"`` or what is ``"dead"``: ``R · gate⁺`` or ``R · gate⁻``.
+    ``part``: of a zero-guarded gate, coded by sign, what is ``"alive"`` or what is ``"dead"``: ``R · gate⁺`` or ``R · gate⁻``;
+    or ``"guarded"``: what is alive, and beside it what is dead summed over every eight channels, rows × ⌈C / 8⌉ float32.
     """
 
     gate: Tensor | None = None
     groups: int = 1
     scale: float = 1.0
-    part: Literal["whole", "alive", "dead"] = "whole"
+    part: Literal["whole", "alive", "dead", "guarded"] = "whole"
+
+    def outputs(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """What there is to write to for relevance of ``shape`` (…, C), in the dtype of ``like``: one tensor, guarded two."""
+        out = like.new_empty(*shape[:-1], self.groups * shape[-1])
+        if self.part != "guarded":
+            return (out,)
+        return out, like.new_empty(*shape[:-1], cdiv(shape[-1], EIGHTH), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -112,20 +130,29 @@ class Arrival:
     previous_stride: int = 1
     dense: Tensor | None = None
     even: Tensor | None = None
-    outputs: tuple[Tensor, ...] = field(default=(), compare=False)
-    """One tensor for each end, to write to; made by :meth:`prepared`."""
+    written: tuple[tuple[Tensor, ...], ...] = field(default=(), compare=False)
+    """The outputs of each end, made by :meth:`prepared`."""
 
     def prepared(self, like: Tensor, shape: tuple[int, ...]) -> Arrival:
-        """With outputs allocated, of ``shape`` (…, C) but G · C channels, in the dtype and on the device of ``like``."""
-        outputs = tuple(like.new_empty(*shape[:-1], end.groups * shape[-1]) for end in self.ends)
-        return replace(self, outputs=outputs)
+        """With outputs allocated, for relevance of ``shape`` (…, C), on the device of ``like``."""
+        return replace(self, written=tuple(end.outputs(like, shape) for end in self.ends))
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Those of all ends, one after another."""
+        return tuple(output for outputs in self.written for output in outputs)
+
+    def tile(self, channels: int) -> tuple[int, int]:
+        """Of an element-wise pass that settles it: :func:`tile`, and where channels are summed at least eight columns."""
+        guarded = any(end.part == "guarded" for end in self.ends)
+        return tile(max(channels, EIGHTH) if guarded else channels)
 
     def arguments(self, rows: int, height: int = 1, width: int = 1) -> dict[str, Any]:
         """The keyword arguments of a kernel that calls :func:`settle`, for ``rows`` rows of relevance."""
         ends = [*self.ends, End()][:2]
-        outputs = [*self.outputs, self.outputs[0]][:2]
+        outputs = [*self.written, self.written[0]][:2]
         known = [x for x in (self.value, *(end.gate for end in self.ends)) if x is not None]
-        nothing = outputs[0]  # stands in for pointers that are never read
+        nothing = outputs[0][0]  # stands in for pointers that are never used
         return {
             "value_ptr": nothing if self.value is None else self.value,
             "previous_ptr": nothing if self.previous is None else self.previous,
@@ -133,8 +160,10 @@ class Arrival:
             "even_ptr": nothing if self.even is None else self.even,
             "gate_a_ptr": nothing if ends[0].gate is None else ends[0].gate,
             "gate_b_ptr": nothing if ends[1].gate is None else ends[1].gate,
-            "out_a_ptr": outputs[0],
-            "out_b_ptr": outputs[1],
+            "out_a_ptr": outputs[0][0],
+            "out_b_ptr": outputs[1][0],
+            "dead_a_ptr": outputs[0][-1],
+            "dead_b_ptr": outputs[1][-1],
             "scale_a": ends[0].scale,
             "scale_b": ends[1].scale,
             "gate_rows": min((x.numel() // x.shape[-1] for x in known), default=rows),
@@ -334,7 +363,7 @@ def store_merge(
 
 @triton.jit
 def store_end(
-    out_ptr, gate_ptr, relevance, rows, gate_rows, columns, inside, C, scale,
+    out_ptr, dead_ptr, gate_ptr, relevance, rows, gate_rows, columns, inside, C, scale,
     GATE: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     if GATE:
@@ -342,7 +371,9 @@ def store_end(
             gate = tl.load(gate_ptr + gate_rows * (GROUPS * C) + group * C + columns, mask=inside, other=0.0).to(
                 tl.float32
             )
-            if PART == "alive":
+            if PART == "guarded":
+                store_eighths(dead_ptr, relevance * tl.maximum(-gate, 0.0), rows, columns, inside, C)
+            if PART == "alive" or PART == "guarded":
                 gate = tl.maximum(gate, 0.0)
             elif PART == "dead":
                 gate = tl.maximum(-gate, 0.0)
@@ -352,9 +383,19 @@ def store_end(
 
 
 @triton.jit
+def store_eighths(dead_ptr, dead, rows, columns, inside, C):
+    """Write the sums of every eight columns of a tile [BM, BN], rows × ⌈C / 8⌉. The tile begins at a multiple of eight."""
+    EIGHTHS: tl.constexpr = dead.shape[1] // 8
+    sums = tl.sum(tl.reshape(tl.where(inside, dead, 0.0), (dead.shape[0], EIGHTHS, 8)), 2)
+    eighths = tl.min(tl.reshape(columns, (1, EIGHTHS, 8)), 2) // 8
+    there = tl.max(tl.reshape(inside.to(tl.int32), (dead.shape[0], EIGHTHS, 8)), 2) > 0
+    tl.store(dead_ptr + rows * ((C + 7) // 8) + eighths, sums, mask=there)
+
+
+@triton.jit
 def settle(
     acc, rows, columns, inside, C,
-    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
     scale_a, scale_b, gate_rows, height, width,
     HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
@@ -385,6 +426,22 @@ def settle(
         acc += tl.load(dense_ptr + rows * C + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_EVEN:
         acc += tl.load(even_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-    store_end(out_a_ptr, gate_a_ptr, acc, rows, of_image, columns, inside, C, scale_a, GATE_A, GROUPS_A, PART_A)
+    store_end(
+        out_a_ptr, dead_a_ptr, gate_a_ptr, acc, rows, of_image, columns, inside, C, scale_a, GATE_A, GROUPS_A, PART_A
+    )
     if END_B:
-        store_end(out_b_ptr, gate_b_ptr, acc, rows, of_image, columns, inside, C, scale_b, GATE_B, GROUPS_B, PART_B)
+        store_end(
+            out_b_ptr,
+            dead_b_ptr,
+            gate_b_ptr,
+            acc,
+            rows,
+            of_image,
+            columns,
+            inside,
+            C,
+            scale_b,
+            GATE_B,
+            GROUPS_B,
+            PART_B,
+        )

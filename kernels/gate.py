@@ -2,7 +2,7 @@
 
     first = stacked[:, :C] + bias[:C]      second = stacked[:, C:] + bias[C:]            (BN is folded into both)
     value = ReLU(own)                      gate_g = numerator · mask_g / stab(z_g)
-    maximum[n] = max over image n of z_1                           (what a zero-guard's limit is a fraction of)
+    maximum[n] = factor · max over image n of z_1                  (a zero-guard's limit, if the factor is its threshold)
 
 stacked rows × S · C → value rows × C, gates rows × G · C, maximum (N,) float32; ``own`` and ``z_g`` as in :mod:`common`.
 With a ``group_width`` the stacks of a grouped convolution lie group by group: W columns of the first, W of the second,
@@ -20,6 +20,7 @@ from .common import (
     OPTIONS,
     Denominators,
     cdiv,
+    check_one_denominator,
     divisible,
     first_denominator,
     load_stack,
@@ -82,7 +83,7 @@ def _gate_kernel(
 
 @triton.jit
 def _maximum_kernel(
-    stacked_ptr, bias_ptr, maximum_ptr, rows_per_image, C,
+    stacked_ptr, bias_ptr, maximum_ptr, rows_per_image, C, factor,
     KIND: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_WIDTH: tl.constexpr,
     EIGHTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +96,7 @@ def _maximum_kernel(
         stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS, GROUP_WIDTH
     )
     z = tl.where(inside, first_denominator(first, second, 0.0, KIND), float("-inf"))
-    tl.store(maximum_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(z))
+    tl.store(maximum_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), factor * tl.max(z))
 
 
 def gate(
@@ -128,22 +129,21 @@ def gate(
 
 
 def image_maximum(
-    stacked: Tensor, bias: Tensor | None, denominators: Denominators, *, group_width: int = 0,
+    stacked: Tensor, bias: Tensor | None, denominators: Denominators, *, factor: float = 1.0, group_width: int = 0,
     block: tuple[int, int] | None = None, num_warps: int = 4,
 ) -> Tensor:  # fmt: skip
-    """The largest denominator of each image, (N,) float32, of a raw convolution output (N, …, S · C), contiguous.
+    """The largest denominator of each image times ``factor`` ≥ 0, (N,) float32.
 
-    ValueError for rules of two denominators.
+    Of a raw convolution output (N, …, S · C), contiguous. ValueError for rules of two denominators.
     """
-    if denominators.groups != 1:
-        raise ValueError(f"got denominators {denominators.kind!r} of two groups, and expected 'own' or 'stacked'")
+    check_one_denominator(denominators)
     images, channels = stacked.shape[0], stacked.shape[-1] // denominators.stacks
     rows = stacked.numel() // stacked.shape[-1] // images
     block = block or tile(channels, 4096)
     programs = cdiv(rows, block[0]) * cdiv(channels, block[1])
     maximum = stacked.new_empty(images, programs, dtype=torch.float32)
     _maximum_kernel[programs, images](
-        stacked, stacked if bias is None else bias, maximum, rows, channels,
+        stacked, stacked if bias is None else bias, maximum, rows, channels, factor,
         KIND=denominators.kind, STACKS=denominators.stacks, HAS_BIAS=bias is not None,
         GROUP_WIDTH=group_width, EIGHTH=channels % 8 == 0, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1],
         num_warps=num_warps, **OPTIONS,

@@ -63,7 +63,7 @@ def _merge_kernel(
 @triton.jit
 def _arrive_kernel(
     acc_ptr, row_count, C,
-    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
     scale_a, scale_b, gate_rows, height, width,
     HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
@@ -79,7 +79,7 @@ def _arrive_kernel(
         acc = tl.load(acc_ptr + rows * C + columns, mask=inside, other=0.0).to(tl.float32)
     settle(
         acc, rows, columns, inside, C,
-        value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+        value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
         GATE_A, GROUPS_A, PART_A, END_B, GATE_B, GROUPS_B, PART_B,
@@ -139,7 +139,7 @@ def arrive(
     rows = like.numel() // channels
     height, width = like.shape[1:3] if like.ndim == 4 else (1, 1)
     arrival = arrival.prepared(like, like.shape)
-    block = block or tile(channels)
+    block = block or arrival.tile(channels)
     grid = (cdiv(rows, block[0]) * cdiv(channels, block[1]),)
     _arrive_kernel[grid](
         like, rows, channels, **arrival.arguments(rows, height, width), HAS_ACC=acc is not None,

@@ -6,6 +6,7 @@ Forward, S weights stacked (S = 1 or 2), row (n, oy, ox) of the result reading x
 
     gated     value = ReLU(own)             gate_g = numerator · mask_g / stab(z_g)
     merged    merged = ReLU(own + other)    gate_g = ρ · mask_g / stab(z_g), ρ the branch's weight under the split
+    maximum   maximum[n] = factor · max over image n of z_1
 
 x rows × K, weight S · C × K → value rows × C, gates rows × G · C; ``own`` and ``z_g`` as in :mod:`common`. ``other`` is
 read, or, as a projection, one more product of the same program, whose stacked output then never leaves it.
@@ -36,6 +37,7 @@ from .common import (
     Branch,
     Denominators,
     cdiv,
+    check_one_denominator,
     load_stack,
     next_power_of_2,
     own_output,
@@ -219,6 +221,15 @@ def stacked_product(
 
 
 @triton.jit
+def limits(limit_ptr, rows, row_count, rows_per_image, STABILIZER: tl.constexpr):
+    """What counts as zero in the image of each row, [BM, 1], under a zero-guard."""
+    if STABILIZER == "guard":
+        return tl.load(limit_ptr + rows // rows_per_image, mask=rows < row_count, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
 def add_bias(first, second, bias_ptr, columns, C, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr):
     """first and second (the same where S is 1), each plus its bias."""
     if HAS_BIAS:
@@ -236,7 +247,7 @@ def add_bias(first, second, bias_ptr, columns, C, STACKS: tl.constexpr, HAS_BIAS
 
 @triton.jit
 def _gated_kernel(
-    x_ptr, weight_ptr, bias_ptr, value_ptr, gate_ptr,
+    x_ptr, weight_ptr, bias_ptr, limit_ptr, value_ptr, gate_ptr,
     row_count, height, width, out_height, out_width, C, K, epsilon, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     STRIDE: tl.constexpr, RELU: tl.constexpr, OVER_VALUE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -247,6 +258,7 @@ def _gated_kernel(
         x_ptr, weight_ptr, rows, first_column, row_count, height, width, out_height, out_width, C, K,
         STRIDE, STACKS, EVEN_K, PRECISION, ROWS, COLUMNS, INNER,
     )  # fmt: skip
+    limit = limits(limit_ptr, rows, row_count, out_height * out_width, STABILIZER)
     for part in tl.static_range(PARTS):
         columns = (first_column + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS))[None, :]
         inside = (rows < row_count) & (columns < C)
@@ -260,14 +272,15 @@ def _gated_kernel(
         tl.store(value_ptr + rows * C + columns, value, mask=inside)
         numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
         store_gates(
-            gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, 0.0, gamma,
+            gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, limit, gamma,
             KIND, STABILIZER,
         )  # fmt: skip
 
 
 @triton.jit
 def _merged_kernel(
-    x_ptr, weight_ptr, bias_ptr, branch_ptr, branch_weight_ptr, branch_bias_ptr, merged_ptr, gate_ptr, other_ptr,
+    x_ptr, weight_ptr, bias_ptr, limit_ptr, branch_ptr, branch_weight_ptr, branch_bias_ptr, branch_limit_ptr,
+    merged_ptr, gate_ptr, other_ptr,
     row_count, height, width, out_height, out_width, branch_height, branch_width, C, K, BRANCH_K, epsilon, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     STRIDE: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr, IS_RESIDUAL: tl.constexpr,
@@ -286,6 +299,8 @@ def _merged_kernel(
             out_height, out_width, C, BRANCH_K,
             BRANCH_STRIDE, STACKS, EVEN_BRANCH_K, PRECISION, ROWS, COLUMNS, INNER,
         )  # fmt: skip
+    limit = limits(limit_ptr, rows, row_count, out_height * out_width, STABILIZER)
+    branch_limit = limits(branch_limit_ptr, rows, row_count, out_height * out_width, STABILIZER)
     for part in tl.static_range(PARTS):
         columns = (first_column + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS))[None, :]
         column_inside = columns < C
@@ -306,17 +321,61 @@ def _merged_kernel(
             )  # fmt: skip
         store_merge(
             first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
-            epsilon, 0.0, 0.0, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
+            epsilon, limit, branch_limit, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
         )  # fmt: skip
+
+
+@triton.jit
+def _maximum_kernel(
+    x_ptr, weight_ptr, bias_ptr, maximum_ptr, row_count, height, width, out_height, out_width, C, K, factor,
+    STRIDE: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    rows, first_column = tile_of(C, ROWS, COLUMNS)
+    z, _ = stacked_product(
+        x_ptr, weight_ptr, rows, first_column, row_count, height, width, out_height, out_width, C, K,
+        STRIDE, 1, EVEN_K, PRECISION, ROWS, COLUMNS, INNER,
+    )  # fmt: skip
+    columns = (first_column + tl.arange(0, COLUMNS))[None, :]
+    z, _ = add_bias(z, z, bias_ptr, columns, C, 1, HAS_BIAS)
+    highest = tl.max(tl.where(columns < C, z, float("-inf")), 1)[:, None]
+    place = rows * tl.cdiv(C, COLUMNS) + first_column // COLUMNS
+    tl.store(maximum_ptr + place, factor * highest, mask=rows < row_count)
+
+
+def image_maximum(
+    x: Tensor, weight: Tensor, bias: Tensor | None, denominators: Denominators, *, stride: int = 1,
+    factor: float = 1.0, precision: Precision = "ieee", blocks: Blocks | None = None,
+) -> Tensor:  # fmt: skip
+    """The largest denominator of each image times ``factor`` ≥ 0, (N,) float32, of what :func:`gated` would divide by.
+
+    x, weight and bias as there. The denominators are multiplied out, and only their maxima leave the kernel. ValueError
+    for rules of two denominators.
+    """
+    check_one_denominator(denominators)
+    channels = weight.shape[0] // denominators.stacks
+    plain = Denominators("own")
+    weight, bias = weight[-channels:], None if bias is None else bias[-channels:]
+    blocks, (images, *_), arguments = _forward(x, weight, plain, stride, precision, blocks, 1)
+    grid = _grid(blocks, arguments["row_count"], channels)
+    maximum = x.new_empty(arguments["row_count"], cdiv(channels, blocks.columns), dtype=torch.float32)
+    used = {name: arguments[name] for name in _maximum_kernel.arg_names if name in arguments}
+    _maximum_kernel[grid](
+        x, weight, x if bias is None else bias, maximum, factor=factor, HAS_BIAS=bias is not None, **used,
+        num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
+    )  # fmt: skip
+    return maximum.view(images, -1).amax(1)
 
 
 def gated(
     x: Tensor, weight: Tensor, bias: Tensor | None, denominators: Denominators, *, stride: int = 1,
-    relu: bool, over_value: bool, precision: Precision = "ieee", blocks: Blocks | None = None,
+    relu: bool, over_value: bool, limit: Tensor | None = None, precision: Precision = "ieee",
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Value (N, Ho, Wo, C) and gates (N, Ho, Wo, G · C) from x (N, H, W, K) and weight (S · C, K), contiguous.
 
-    ``over_value``: the gate's numerator is the value, else one. Ho = ⌈H/stride⌉. ValueError for a zero-guard.
+    ``over_value``: the gate's numerator is the value, else one. Ho = ⌈H/stride⌉. ``limit``: (N,) float32, for a zero-guard,
+    which :func:`image_maximum` computes.
     """
     blocks, shape, arguments = _forward(
         x, weight, denominators, stride, precision, blocks, denominators.stacks
@@ -324,7 +383,7 @@ def gated(
     value = x.new_empty(*shape)
     gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)
     _gated_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
-        x, weight, x if bias is None else bias, value, gates, **arguments,
+        x, weight, x if bias is None else bias, x if limit is None else limit, value, gates, **arguments,
         HAS_BIAS=bias is not None, RELU=relu, OVER_VALUE=over_value,
         num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
     )  # fmt: skip
@@ -333,7 +392,8 @@ def gated(
 
 def merged(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Branch, denominators: Denominators, split: str, *,
-    stride: int = 1, relu: bool, is_residual: bool, precision: Precision = "ieee", blocks: Blocks | None = None,
+    stride: int = 1, relu: bool, is_residual: bool, limit: Tensor | None = None, precision: Precision = "ieee",
+    blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
 
@@ -351,8 +411,9 @@ def merged(
     elif split not in CONSTANT_SPLITS:
         other_end = result.new_empty(result.shape)
     _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
-        x, weight, x if bias is None else bias,
+        x, weight, x if bias is None else bias, x if limit is None else limit,
         other.tensor, weight if other.weight is None else other.weight, x if other.bias is None else other.bias,
+        x if other.limit is None else other.limit,
         result, gates, gates if other_end is None else other_end, **arguments,
         branch_height=other.tensor.shape[1], branch_width=other.tensor.shape[2], BRANCH_K=other.tensor.shape[3],
         HAS_BIAS=bias is not None, RELU=relu, SPLIT=split, IS_RESIDUAL=is_residual,
@@ -369,11 +430,6 @@ def _forward(
     stacks: int,
 ) -> tuple[Blocks, tuple[int, int, int, int], dict[str, Any]]:  # fmt: skip
     """The blocks, the result's shape (N, Ho, Wo, C) and the arguments that both forward kernels take."""
-    if denominators.stabilizer == "guard":
-        raise ValueError(
-            "got a zero-guard, which needs the largest denominator of an image before its gates, and expected a "
-            "stabilizer an epilogue can apply: 'signed', 'plain' or 'vanishing'"
-        )
     images, height, width, inner = x.shape
     columns = weight.shape[0] // denominators.stacks
     shape = (images, (height - 1) // stride + 1, (width - 1) // stride + 1, columns)
@@ -408,7 +464,7 @@ def _grid(blocks: Blocks, rows: int, columns: int) -> tuple[int]:
 @triton.jit
 def _backward_kernel(
     s_ptr, weight_ptr, other_s_ptr, other_weight_ptr, row_count, C, K, OTHER_K,
-    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
     scale_a, scale_b, gate_rows, height, width,
     HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
@@ -430,7 +486,7 @@ def _backward_kernel(
         columns = (first_column + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS))[None, :]
         settle(
             part_of(acc, part, PARTS, ROWS, COLUMNS), rows, columns, (rows < row_count) & (columns < C), C,
-            value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+            value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
             scale_a, scale_b, gate_rows, height, width,
             HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
             GATE_A, GROUPS_A, PART_A, END_B, GATE_B, GROUPS_B, PART_B,

@@ -238,7 +238,7 @@ def won_from(
 @triton.jit
 def _winner_backward_kernel(
     relevance_ptr, winner_ptr, row_count, image_count, out_height, out_width, C,
-    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
     scale_a, scale_b, gate_rows, height, width,
     HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
@@ -273,7 +273,7 @@ def _winner_backward_kernel(
             )  # fmt: skip
     settle(
         acc, rows, columns, inside, C,
-        value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+        value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
         GATE_A, GROUPS_A, PART_A, END_B, GATE_B, GROUPS_B, PART_B,
@@ -283,7 +283,7 @@ def _winner_backward_kernel(
 @triton.jit
 def _block_backward_kernel(
     s_ptr, row_count, out_height, out_width, C, scale,
-    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
     scale_a, scale_b, gate_rows, height, width,
     HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
@@ -308,7 +308,7 @@ def _block_backward_kernel(
         acc *= scale
     settle(
         acc, rows, columns, inside, C,
-        value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+        value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
         GATE_A, GROUPS_A, PART_A, END_B, GATE_B, GROUPS_B, PART_B,
@@ -410,7 +410,7 @@ def _backward(
     images, out_height, out_width, channels = like.shape
     rows = images * height * width
     arrival = arrival.prepared(like, (images, height, width, channels))
-    block = block or tile(channels)
+    block = block or arrival.tile(channels)
     kernel[(cdiv(rows, block[0]) * cdiv(channels, block[1]),)](
         *sources, row_count=rows, out_height=out_height, out_width=out_width, C=channels, **arguments,
         **arrival.arguments(rows, height, width),

@@ -323,7 +323,7 @@ def first_tap(phase, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.cons
 @triton.jit
 def _backward_kernel(
     s_ptr, weight_ptr, image_count, out_height, out_width, channels, segments, K, C, columns_of_group,
-    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+    value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
     scale_a, scale_b, gate_rows, height, width,
     HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
@@ -385,7 +385,7 @@ def _backward_kernel(
         acc = tl.dot(message, weights, acc, input_precision=PRECISION)
     settle(
         acc, (image * height + y) * width + x, columns, row_inside & (column < columns_of_group), C,
-        value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr,
+        value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
         GATE_A, GROUPS_A, PART_A, END_B, GATE_B, GROUPS_B, PART_B,

@@ -144,9 +144,10 @@ def test_a_small_resnet_is_the_references(model: nn.Module, images: Tensor, comp
     error, launched = compared(model, images, composite)
     assert error <= bound(composite)
     guarded = composite == "conserving"
-    assert launched["pointwise_gated"] == (0 if guarded else 3)
-    assert launched["pointwise_merged"] == (0 if guarded else 4)  # three bottlenecks, and one basic block's projection
-    assert launched["merge"] == (5 if guarded else 1)
+    assert launched["pointwise_gated"] == 3
+    assert launched["pointwise_maximum"] == (9 if guarded else 0)
+    assert launched["pointwise_merged"] == 4  # three bottlenecks, and one basic block's projection
+    assert launched["merge"] == 1
     assert launched["pointwise_backward"] >= 7
     assert launched["gate"] >= 5
     assert launched["arrive"] >= 5
@@ -199,7 +200,9 @@ def test_a_projection_and_the_branch_it_meets_are_one_kernel(
         assert table[name].endswith("triton: pointwise_conv, for both branches")
     assert table["layer1.1.add"].endswith("triton: pointwise_conv")
     rounds = (composite, dtype) == ("epsilon_alpha2_beta1", torch.bfloat16)
-    beside = "torch: the parts of its output would be rounded" if rounds else "triton: pointwise_conv, beside the library"
+    beside = (
+        "torch: the parts of its output would be rounded" if rounds else "triton: pointwise_conv, beside the library"
+    )
     assert beside in table["layer3.0.add"]
     assert "triton: in its merge / pointwise_conv" in table["layer1.0.branch.6"]
 

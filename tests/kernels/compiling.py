@@ -48,7 +48,7 @@ class Launch:
 class Resources:
     """What the compiler made of a launch for one capability: bytes, registers a thread, instructions.
 
-    ``narrowest``: the fewest bytes that one instruction stores to the device's memory or copies from there to shared memory.
+    ``widths``: the bytes that its instructions store to the device's memory or copy from there to shared memory.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Resources:
     registers: int
     stack: int
     wgmma: int
-    narrowest: int
+    widths: tuple[int, ...]
 
 
 @contextmanager
@@ -118,5 +118,5 @@ def compiled(launch: Launch, capability: int) -> Resources:
     usage = dict(item.split(":", 1) for item in report.stdout.split() if ":" in item)
     return Resources(
         launch.kernel.__name__, capability, kernel.metadata.shared, int(usage["REG"]), int(usage["STACK"]),
-        ptx.count("wgmma.mma"), min(stores + copies),
+        ptx.count("wgmma.mma"), (*stores, *copies),
     )  # fmt: skip

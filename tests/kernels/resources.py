@@ -47,10 +47,12 @@ HEAVIEST = (
     "gate.image_maximum 28² 512",
     "merge.merge 28² 512, guard, projection",
     "merge.arrive 28² 128, guard",
+    "pointwise_conv.image_maximum 28² 128→512",
     "pointwise_conv.gated 28² 512→128, γ",
     "pointwise_conv.merged 28² 128→512, γ, beside a library's",
     "pointwise_conv.merged 56²+28²→512, αβ, projection",
     "pointwise_conv.backward 28² 2·128→512, αβ, merge",
+    "pointwise_conv.backward 28² 128→512, guard, merge",
     "pointwise_conv.backward 56² 64+256→64",
     "spatial_conv.gated 28² 128→128, γ",
     "spatial_conv.merged 28² 128→128, γ, projection",
@@ -70,7 +72,10 @@ HEAVIEST = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one launch of a case costs on one capability; ``rows`` and ``warps`` of its tile, rows 0 if it is no GEMM."""
+    """What one launch of a case costs on one capability; ``rows`` and ``warps`` of its tile, rows 0 if it is no GEMM.
+
+    ``narrowest``: the fewest bytes of activations that one instruction moves, see :class:`compiling.Resources`.
+    """
 
     case: str
     kernel: str
@@ -130,10 +135,12 @@ def identity(mode: Mode, case: KernelCase, launch: Launch) -> tuple[object, ...]
 def row_of(case: KernelCase, dtype: str, launch: Launch, capability: int) -> Row:
     """Compile."""
     found, arguments = compiled(launch, capability), launch.arguments
+    sums = {4} if "guarded" in (arguments.get("PART_A"), arguments.get("PART_B")) else set()  # one for eight channels
     tile = {name.lower(): int(arguments.get(name, 0)) for name in ("ROWS", "COLUMNS", "INNER")}
     return Row(
         case.name, case.kernel, dtype, capability, found.name, found.shared, found.registers, found.stack, found.wgmma,
-        found.narrowest, **tile, warps=launch.options["num_warps"], stages=launch.options.get("num_stages", 0),
+        min(width for width in found.widths if width not in sums), **tile,
+        warps=launch.options["num_warps"], stages=launch.options.get("num_stages", 0),
         grouped=arguments.get("columns_of_group") != arguments.get("C") and "columns_of_group" in arguments,
     )  # fmt: skip
 

@@ -166,10 +166,18 @@ def settled(acc: Tensor | None, arrival: Arrival, shape: tuple[int, ...]) -> lis
             results.append(total * end.scale)
             continue
         gates = of_maps(end.gate)
+        if end.part == "guarded":
+            results += [total * gates.clamp(min=0), summed_by_eight(total * (-gates).clamp(min=0))]
+            continue
         if end.part != "whole":
             gates = (gates if end.part == "alive" else -gates).clamp(min=0)
         results.append(torch.cat([total * one for one in gates.chunk(end.groups, -1)], -1))
     return results
+
+
+def summed_by_eight(x: Tensor) -> Tensor:
+    """Sums of every eight channels, the last of what is left."""
+    return torch.stack([part.sum(-1) for part in x.split(8, -1)], -1)
 
 
 def agree_all(got: tuple[Tensor, ...], wanted: list[Tensor], bound: float) -> None:
@@ -279,6 +287,8 @@ def arrivals() -> dict[str, Arrival]:
         "dense": Arrival((End(one), End(other)), value=value, dense=normal(*SHAPE)),
         "even": Arrival((End(one),), value=value, even=normal(*SHAPE[:-1])),
         "parts": Arrival((End(one, part="alive"), End(one, part="dead")), dense=normal(*SHAPE)),
+        "guarded": Arrival((End(one, part="guarded"), End(other)), value=value, dense=normal(*SHAPE)),
+        "guarded twice": Arrival((End(one, part="guarded"), End(other, part="guarded")), even=normal(*SHAPE[:-1])),
         "groups": Arrival((End(pair, groups=2), End(one)), value=value),
         "two of two groups": Arrival((End(pair, 2), End(pair.flip(-1), 2)), even=normal(*SHAPE[:-1])),
         "one map": Arrival((End(normal(*SHAPE)),), value=normal(*SHAPE)),
@@ -291,11 +301,23 @@ def test_relevance_is_totalled_and_sent_on(case: str) -> None:
     agree_all(arrive(acc, arrival, block=SMALL), settled(acc, arrival, SHAPE), 1e-5)
 
 
+@pytest.mark.parametrize("channels", [3, 8, 13, 40])
+def test_what_is_dead_is_summed_by_eight_channels(channels: int) -> None:
+    shape = (2, 5, 3, channels)
+    gates, acc = normal(*shape), normal(*shape)
+    arrival = Arrival((End(gates, part="guarded"),))
+    agree_all(arrive(acc, arrival), settled(acc, arrival, shape), 1e-5)
+
+
 def test_outputs_have_the_dtype_of_what_they_are_like() -> None:
     gates = normal(2, 3, 5, 16)
     arrival = Arrival((End(gates, groups=2), End())).prepared(normal(1, dtype=torch.bfloat16), (2, 3, 5, 8))
     assert [(x.shape, x.dtype) for x in arrival.outputs] == [
         ((2, 3, 5, 16), torch.bfloat16), ((2, 3, 5, 8), torch.bfloat16)
+    ]  # fmt: skip
+    guarded = Arrival((End(gates, part="guarded"),)).prepared(gates.bfloat16(), (2, 3, 5, 17))
+    assert [(x.shape, x.dtype) for x in guarded.outputs] == [
+        ((2, 3, 5, 17), torch.bfloat16), ((2, 3, 5, 3), torch.float32)
     ]  # fmt: skip
     assert arrival == Arrival((End(gates, groups=2), End()))  # outputs are no part of what an arrival is
 

@@ -105,7 +105,7 @@ def test_a_merge_wants_its_linear_branch_first() -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("case", ["strided", "groups", "parts"])
+@pytest.mark.parametrize("case", ["strided", "groups", "parts", "guarded"])
 def test_arrivals_with_whole_tiles_and_of_half_precision(case: str, dtype: torch.dtype) -> None:
     arrival, acc = arrivals()[case], normal(*SHAPE, dtype=dtype)
     agree_all(arrive(acc, arrival), settled(acc, arrival, SHAPE), BOUND[dtype])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrp_fast.kernels.common import Arrival, Branch, Denominators, End
-from lrp_fast.kernels.pointwise_conv import Blocks, Precision, backward, candidates, gated, merged
+from lrp_fast.kernels.pointwise_conv import Blocks, Precision, backward, candidates, gated, image_maximum, merged
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Blocks(16, 16, 16, 4, 2)
@@ -19,6 +19,7 @@ POSITIVE = Denominators("stacked", 1e-5, "vanishing")
 PLAIN = Denominators("stacked", 1e-5, "plain")
 ALPHA_BETA = Denominators("signs", 0.25)
 GAMMA = Denominators("gamma", 0.25, gamma=0.75)
+GUARDED = Denominators("stacked", stabilizer="guard")
 
 
 @pytest.fixture(autouse=True)
@@ -262,13 +263,82 @@ def test_a_zero_split_of_nothing_is_even() -> None:
     assert torch.equal(rest, torch.full_like(rest, 0.5))
 
 
-def test_a_zero_guard_is_refused() -> None:
-    guard = Denominators("stacked", stabilizer="guard")
-    x, weight = torch.rand(1, 2, 2, 16), torch.rand(48, 16)
-    with pytest.raises(ValueError, match="zero-guard"):
-        gated(x, weight, None, guard, relu=True, over_value=True)
-    with pytest.raises(ValueError, match="zero-guard"):
-        merged(x, weight, None, Branch(torch.rand(1, 2, 2, 24)), guard, "ratio", relu=True, is_residual=True)
+def guarded(raw: Tensor, numerator: Tensor, limit: Tensor) -> Tensor:
+    """Gates coded by sign, from a stacked output (N, …, 2 · C) in float64."""
+    z = raw.chunk(2, -1)[1]
+    dead = z <= limit.double().view(-1, 1, 1, 1)
+    return torch.where(dead, -numerator, numerator / z)
+
+
+def limits_of(raw: Tensor) -> Tensor:
+    """In each image, what about half of all denominators are below, but none nearly; (N,) float32."""
+    z = raw.chunk(2, -1)[1].flatten(1).sort(1).values
+    middle = z.shape[1] // 2
+    gaps = z[:, middle - 9 : middle + 10].diff(dim=1)
+    at = middle - 9 + gaps.argmax(1, keepdim=True)
+    return ((z.gather(1, at) + z.gather(1, at + 1)) / 2).flatten().float()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gated_under_a_zero_guard(stride: int) -> None:
+    x = normal(3, 5, 4, 40).relu()
+    weight, _ = drawn(GUARDED, 40, 24)
+    raw = convolved(x, weight, None, stride)
+    limit = limits_of(raw)
+    value, gates = gated(x, weight, None, GUARDED, stride=stride, relu=True, over_value=True, limit=limit, blocks=SMALL)
+    own = raw.chunk(2, -1)[0].relu()
+    agree(value, own, 1e-5)
+    agree(gates, guarded(raw, own, limit), 1e-5)
+    assert bool((gates < 0).any())
+    assert bool((gates > 0).any())
+
+
+@pytest.mark.parametrize("other", ["value", "raw", "product"])
+@pytest.mark.parametrize("split", ["ratio", "symmetric"])
+def test_merged_under_a_zero_guard(other: str, split: str) -> None:
+    x = normal(3, 5, 4, 40).relu()
+    weight, _ = drawn(GUARDED, 40, 24)
+    raw = convolved(x, weight, None, 1)
+    y, other_weight = normal(3, 9, 7, 48).relu(), drawn(GUARDED, 48, 24)[0]
+    other_raw = convolved(y, other_weight, None, 2)
+    limit, other_limit = limits_of(raw), limits_of(other_raw)
+    branch = {
+        "value": Branch(other_raw.chunk(2, -1)[0].float().contiguous()),
+        "raw": Branch(other_raw.float(), True, limit=other_limit),
+        "product": Branch(y, True, limit=other_limit, weight=other_weight, stride=2),
+    }[other]
+    result, gates, end = merged(
+        x, weight, None, branch, GUARDED, split, relu=True, is_residual=True, limit=limit, blocks=SMALL
+    )
+    own, beside = raw.chunk(2, -1)[0], other_raw.chunk(2, -1)[0]
+    share, other_share = weights_of(own, beside, split)
+    agree(result, (own + beside).relu(), 1e-5)
+    agree(gates, guarded(raw, share, limit), 1e-5)
+    if other != "value":
+        agree(end, guarded(other_raw, other_share, other_limit), 1e-5)
+    elif split == "ratio":
+        agree(end, other_share, 1e-5)
+
+
+@pytest.mark.parametrize("denominators", [OWN, POSITIVE, GUARDED])
+@pytest.mark.parametrize(("stride", "channels"), [(1, 24), (2, 40), (1, 13)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_largest_denominator_of_each_image(
+    denominators: Denominators, stride: int, channels: int, has_bias: bool
+) -> None:
+    x = normal(4, 5, 3, 40).relu() * torch.tensor([1.0, 3.0, 0.0, 2.0], device=DEVICE)[:, None, None, None]
+    weight, bias = drawn(denominators, 40, channels)
+    given = bias - 20 if has_bias else None  # all below zero
+    z = convolved(x, weight, given, stride).chunk(denominators.stacks, -1)[-1]
+    got = image_maximum(x, weight, given, denominators, stride=stride, factor=0.5, blocks=SMALL)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), 0.5 * z.flatten(1).amax(1), rtol=1e-5, atol=1e-5)
+
+
+def test_two_groups_have_no_one_maximum() -> None:
+    weight, bias = drawn(ALPHA_BETA, 16, 24)
+    with pytest.raises(ValueError, match="of two groups, and expected 'own' or 'stacked'"):
+        image_maximum(normal(1, 2, 2, 16), weight, bias, ALPHA_BETA)
 
 
 # Backward -------------------------------------------------------------------------------------------------------------
@@ -296,6 +366,10 @@ def settled(acc: Tensor, arrival: Arrival) -> list[Tensor]:
             leaving.append(total * end.scale)
             continue
         gate = of_maps(end.gate)
+        if end.part == "guarded":
+            dead = total * (-gate).clamp(min=0)
+            leaving += [total * gate.clamp(min=0), torch.stack([part.sum(-1) for part in dead.split(8, -1)], -1)]
+            continue
         gate = {"whole": gate, "alive": gate.clamp(min=0), "dead": (-gate).clamp(min=0)}[end.part]
         leaving.append(total.repeat(1, 1, 1, end.groups) * gate)
     return leaving
@@ -313,9 +387,8 @@ def check_backward(
         pair = normal(*shape[:-1], second, dtype=dtype), normal(channels, second, dtype=dtype)
         acc += pair[0].double() @ pair[1].double().T
     outputs = backward(s, weight, arrival, second=pair, precision=precision, blocks=blocks)
-    assert len(outputs) == len(arrival.ends)
     for out, wanted in zip(outputs, settled(acc, arrival), strict=True):
-        assert out.dtype == dtype
+        assert out.dtype == (dtype if out.shape[-1] % channels == 0 else torch.float32)
         agree(out, wanted, BOUND[dtype] if precision == "ieee" else 1e-2)
 
 
@@ -349,6 +422,15 @@ def test_backward_with_everything(maps: int, stride: int) -> None:
 def test_backward_to_what_is_alive_and_what_is_dead() -> None:
     gate = normal(2, 3, 5, 24)
     check_backward((4, 3, 5, 40), 24, Arrival((End(gate, part="alive"), End(gate, part="dead"))), blocks=SMALL)
+
+
+@pytest.mark.parametrize("channels", [24, 40, 13])
+@pytest.mark.parametrize("blocks", [SMALL, WIDE, None])
+def test_backward_through_zero_guards(channels: int, blocks: Blocks | None) -> None:
+    gates = normal(2, 3, 5, channels), normal(2, 3, 5, channels)
+    ends = End(gates[0], part="guarded"), End(gates[1], part="guarded")
+    arrival = Arrival(ends, value=normal(2, 3, 5, channels), even=normal(4, 3, 5))
+    check_backward((4, 3, 5, 40), channels, arrival, blocks=blocks)
 
 
 @pytest.mark.parametrize(("inner", "second"), [(40, 16), (32, 40)])

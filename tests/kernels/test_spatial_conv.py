@@ -287,6 +287,22 @@ def test_backward_smallest_and_default_blocks() -> None:
     check_backward(SHAPES["1x3 stride 2"], 2)
 
 
+@pytest.mark.parametrize("name", ["1x3 stride 2", "stride 3 leaves rows"])
+def test_backward_through_a_zero_guard(name: str) -> None:
+    shape = SHAPES[name]
+    channels, height, width = shape[0], shape[3], shape[4]
+    s, weight = messages(shape, 1, 2)
+    gate = torch.randn(2, height, width, channels, device=DEVICE)
+    arrival = Arrival((End(gate, part="guarded"),))
+    alive, dead = backward(
+        s, pack_backward(weight), arrival, height=height, width=width, blocks=SMALL, **geometry(shape)
+    )
+    acc = transposed(s, weight, shape, 1)
+    assert close(alive, acc * gate.double().clamp(min=0))
+    lost = acc * (-gate.double()).clamp(min=0)
+    assert close(dead, torch.stack([part.sum(-1) for part in lost.split(8, -1)], -1))
+
+
 @pytest.mark.parametrize(("previous_stride", "part"), [(1, "whole"), (2, "alive"), (2, "dead")])
 @pytest.mark.parametrize("name", ["1x3 stride 2", "stride 3 leaves rows"])
 def test_backward_arrives_beside_everything_else(name: str, previous_stride: int, part: str) -> None:

@@ -130,11 +130,15 @@ def _gated_like(like: Tensor, shape: Sequence[int], stacked: int, values: Values
 
 
 def _run_image_maximum(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-    return [gate.image_maximum(tensors[0], tensors[1], values["denominators"])]
+    return [gate.image_maximum(*tensors, **values)]
 
 
 def _like_image_maximum(tensors: Tensors, values: Values) -> Sequence[Tensor]:
     return [tensors[0].new_empty(tensors[0].shape[0], dtype=torch.float32)]
+
+
+def _run_pointwise_maximum(tensors: Tensors, values: Values) -> Sequence[Tensor]:
+    return [pointwise_conv.image_maximum(*tensors, **values)]
 
 
 def _merged_like(like: Tensor, shape: Sequence[int], stacked: int, values: Values) -> list[Tensor]:
@@ -169,22 +173,27 @@ def _out_shape(x: Tensor, weight: Tensor, values: Values) -> tuple[int, ...]:
     return (x.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry))
 
 
+def _limited(limit: Tensor | None = None) -> Values:
+    """A zero-guard's limits, as an argument of the launchers that take one."""
+    return {} if limit is None else {"limit": limit}
+
+
 def _convolution(module: Any) -> tuple[tuple[Callable[..., Any], Callable[..., Any]], ...]:
     """The ops of a convolution file: gated, merged."""
 
     def run_gated(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-        x, weight, bias = tensors
-        return module.gated(x, weight, bias, **values)
+        x, weight, bias, *limit = tensors
+        return module.gated(x, weight, bias, **values, **_limited(*limit))
 
     def like_gated(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-        x, weight, _ = tensors
+        x, weight = tensors[:2]
         return _gated_like(x, _out_shape(x, weight, values), weight.shape[0], values)
 
     def run_merged(tensors: Tensors, values: Values) -> Sequence[Tensor]:
-        x, weight, bias, other, other_bias, other_weight = tensors
+        x, weight, bias, other, other_bias, other_weight, limit, other_limit = tensors
         linear, stride = values.pop("other_linear"), values.pop("other_stride")
-        branch = Branch(other, linear, other_bias, weight=other_weight, stride=stride)
-        return _given(module.merged(x, weight, bias, branch, **values))
+        branch = Branch(other, linear, other_bias, other_limit, other_weight, stride)
+        return _given(module.merged(x, weight, bias, branch, **values, **_limited(limit)))
 
     def like_merged(tensors: Tensors, values: Values) -> Sequence[Tensor]:
         x, weight = tensors[:2]
@@ -308,6 +317,7 @@ OPERATORS = {
     for operator in (
         Operator("gate", _run_gate, _like_gate),
         Operator("image_maximum", _run_image_maximum, _like_image_maximum),
+        Operator("pointwise_maximum", _run_pointwise_maximum, _like_image_maximum),
         Operator("merge", _run_merge, _like_merge),
         Operator("pointwise_gated", *_pointwise_gated),
         Operator("pointwise_merged", *_pointwise_merged),

@@ -51,9 +51,9 @@ def quantize(heatmap: Tensor, levels: int) -> Tensor:
 
 
 def gate_ends(gates: Tensor, denominators: Denominators) -> Ends:
-    """Through the gates of a linear layer; under a zero-guard what is alive and what is dead part."""
+    """Through the gates of a linear layer, whose dead relevance, under a zero-guard, all channels of a window share."""
     if denominators.stabilizer == "guard":
-        return End(gates, part="alive"), End(gates, part="dead")
+        return (End(gates, part="guarded"),)
     return (End(gates, denominators.groups),)
 
 
@@ -80,7 +80,7 @@ class TritonPasses(Passes):
         return saved
 
     def left(self, outputs: list[Tensor], saved: object) -> Sequence[Any]:
-        """What leaves, from one output for each of :meth:`ends`."""
+        """What leaves, from the outputs of all :meth:`ends`."""
         return outputs
 
     def arrival(self, arrived: Arrived, value: Tensor | None, ends: Ends) -> Arrival:
@@ -268,9 +268,8 @@ class FusedLinear(TritonPasses):
         self.precision, self.onward, self.back = precision, onward, back
         self.pointwise = is_pointwise(layer, operation)
         self.kernel = "pointwise" if self.pointwise else "spatial"
-        self.adds = self.pointwise and back.way == "fused" and layer.stride[0] == 1 and self.guard is None
-        # A zero-guard looks at a whole image before its first gate.
-        self.fuses = onward is not None and onward.way == "fused" and self.guard is None
+        self.adds = self.pointwise and back.way == "fused" and layer.stride[0] == 1
+        self.fuses = onward is not None and onward.way == "fused" and fuses(self)
         self._configure()
         self.weights = packed_weights(operation, denominators)
         first = "in its merge" if onward is None else f"{self.kernel}_conv" if self.fuses else "library + gate"
@@ -293,7 +292,9 @@ class FusedLinear(TritonPasses):
         if not self.pointwise:
             backward |= {**self.geometry, "height": height, "width": width}
         self.backward = configuration(**backward)
-        self.maximum = configuration(denominators=self.denominators)
+        limit = {"denominators": self.denominators, "factor": 1.0 if self.guard is None else self.guard.threshold}
+        self.maximum = configuration(**limit)
+        self.product_maximum = configuration(**limit, **self.geometry, precision=self.precision)
         kernel = self.operation.weight_shape[2:]
         window = {"kernel": tuple(kernel), "stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         self.spread = configuration(**window, height=height, width=width, channels=channels)
@@ -310,15 +311,20 @@ class FusedLinear(TritonPasses):
         """What counts as a zero denominator in each image, under a zero-guard: N."""
         if self.guard is None:
             return None
-        (maximum,) = launch("image_maximum", [stacked, self.weights.bias], self.maximum)
-        return maximum * self.guard.threshold
+        return launch("image_maximum", [stacked, self.weights.bias], self.maximum)[0]
+
+    def product_limit(self, x: Tensor) -> Tensor | None:
+        """The same, before the layer has been multiplied out; ``x``: its input, NHWC."""
+        if self.guard is None:
+            return None
+        return launch("pointwise_maximum", [x, self.weights.forward, self.weights.bias], self.product_maximum)[0]
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
-        x = sources[0].to(self.operation.dtype)
+        x = sources[0].to(self.dtype)
         if self.fuses:
-            value, gates = launch(
-                f"{self.kernel}_gated", [pack(x), self.weights.forward, self.weights.bias], self.gated
-            )
+            x = pack(x)
+            tensors = [x, self.weights.forward, self.weights.bias, self.product_limit(x)]
+            value, gates = launch(f"{self.kernel}_gated", tensors, self.gated)
         else:
             stacked = self.raw(x)
             value, gates = launch("gate", [stacked, self.weights.bias, self.limit(stacked), None], self.gate)
@@ -327,8 +333,7 @@ class FusedLinear(TritonPasses):
     # Backward.
 
     def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
-        s, *dead = leaving
-        even = launch("spread", [dead[0]], self.spread)[0] if dead else None
+        s, even = leaving[0], self._even(leaving)
         if self.back.way == "library":
             return Arrived(acc=self._library(s), even=even)
         if self.adds:
@@ -339,15 +344,25 @@ class FusedLinear(TritonPasses):
         return Arrived(acc=unpack(acc), even=even)
 
     def send_settled(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor] | None:
-        s, *dead = leaving
-        if dead or (self.pointwise and self.back.way == "fused" and self.layer.stride[0] > 1):
+        if self.pointwise and self.back.way == "fused" and self.layer.stride[0] > 1:
             return None
+        s, arrival = leaving[0], self._with_even(leaving, arrival)
         return arrive(pack(self._library(s)), arrival) if self.back.way == "library" else self._launch(s, arrival)
 
     def send_added(
         self, leaving: Sequence[Any], product: tuple[Tensor, Tensor], arrival: Arrival
     ) -> list[Tensor] | None:
-        return None if len(leaving) > 1 else self._launch(leaving[0], arrival, product)
+        return self._launch(leaving[0], self._with_even(leaving, arrival), product)
+
+    def _even(self, leaving: Sequence[Any]) -> Tensor | None:
+        """What a zero-guard spreads, in each pixel of the input: N × H × W."""
+        return launch("spread", [leaving[1]], self.spread)[0] if len(leaving) > 1 else None
+
+    def _with_even(self, leaving: Sequence[Any], arrival: Arrival) -> Arrival:
+        even = self._even(leaving)
+        if even is None:
+            return arrival
+        return replace(arrival, even=even if arrival.even is None else arrival.even + even)
 
     def _launch(self, s: Tensor, arrival: Arrival, product: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         second = [*(product or (None, None))] if self.pointwise else []
@@ -360,6 +375,11 @@ class FusedLinear(TritonPasses):
         halves = zip(unpack(s).chunk(groups, 1), self.weights.transposed.chunk(groups), strict=True)
         first, second = (transposed_convolution(a, w, layer, self.x_shape, layer.groups) for a, w in halves)
         return first + second
+
+
+def fuses(layer: FusedLinear) -> bool:
+    """Whether the kernel of a layer can do its gates: a zero-guard looks at a whole image before the first of them."""
+    return layer.guard is None or layer.pointwise
 
 
 def is_pointwise(layer: Convolution, operation: LinearOperation) -> bool:
@@ -395,8 +415,7 @@ class FusedMerge(TritonPasses):
         last = self.branches[self.this]
         assert last is not None
         self.last, self.beside, self.dtype = last, self.branches[self.other], last.dtype
-        # A zero-guard looks at a whole image before its first gate.
-        self.fuses = choice.way == "fused" and last.guard is None
+        self.fuses = choice.way == "fused" and fuses(last)
         self.multiplies = self.fuses and self.beside is not None and last.pointwise and self.beside.pointwise
         split = operation.split.name
         values = {
@@ -411,21 +430,29 @@ class FusedMerge(TritonPasses):
         self.weights = (constant[1], constant[0]) if operation.skip == 0 else constant
         beside = "" if self.beside is None else ", for both branches" if self.multiplies else ", beside the library"
         self.service = f"triton: {last.kernel}_conv{beside}" if self.fuses else "triton: library + merge"
-        self.settles = last.guard is None
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
         x, y = sources[self.this], sources[self.other]
         beside, last = self.beside, self.last
-        weight = beside.weights.forward if beside is not None and self.multiplies else None
-        other = pack(y.to(self.dtype)) if beside is None or self.multiplies else beside.raw(y)
-        bias = None if beside is None else beside.weights.bias
+        weight = bias = other_limit = None
+        if beside is None or self.multiplies:
+            other = pack(y.to(self.dtype))
+        else:
+            other = beside.raw(y)
+            other_limit = beside.limit(other)
+        if beside is not None:
+            bias = beside.weights.bias
+        if beside is not None and self.multiplies:
+            weight, other_limit = beside.weights.forward, beside.product_limit(other)
         if self.fuses:
-            tensors = [pack(x.to(self.dtype)), last.weights.forward, last.weights.bias, other, bias, weight]
+            x = pack(x.to(self.dtype))
+            limits = [last.product_limit(x), other_limit]
+            tensors = [x, last.weights.forward, last.weights.bias, other, bias, weight, *limits]
             merged, *gates = launch(f"{last.kernel}_merged", tensors, self.merged)
         else:
             stacked = last.raw(x)
-            limits = (last.limit(stacked), None if beside is None else beside.limit(other))
-            merged, *gates = launch("merge", [stacked, last.weights.bias, limits[0], other, bias, limits[1]], self.merge)
+            tensors = [stacked, last.weights.bias, last.limit(stacked), other, bias, other_limit]
+            merged, *gates = launch("merge", tensors, self.merge)
         saved: list[Ends] = [(End(scale=weight),) for weight in self.weights]
         saved[self.this] = gate_ends(gates[0], self.last.denominators)
         if len(gates) > 1:
@@ -439,15 +466,8 @@ class FusedMerge(TritonPasses):
     def left(self, outputs: list[Tensor], saved: object) -> Sequence[Any]:
         assert isinstance(saved, list)
         given = iter(outputs)
-        return [[next(given) for _ in ends] or None for ends in saved]
-
-    def settle(self, arrived: Arrived, value: Tensor | None, saved: object) -> Sequence[Any]:
-        if self.settles:
-            return super().settle(arrived, value, saved)
-        # A kernel has two ends at most, and each branch has two here.
-        assert isinstance(saved, list)
-        (relevance,) = self.settled(arrived, value, (End(),))
-        return [arrive(relevance, Arrival(ends)) if ends else None for ends in saved]
+        counts = [sum(2 if end.part == "guarded" else 1 for end in ends) for ends in saved]
+        return [[next(given) for _ in range(count)] or None for count in counts]
 
     def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
         raise NotImplementedError("what leaves a merge is at its branches already")
@@ -492,7 +512,8 @@ class FusedPool(TritonPasses):
         value, z = launch("max_pool_average", [pack(x)], self.maximum)
         limit = z.flatten(1).amax(1) * self.guard.threshold
         _, gate = launch("gate", [z, None, limit, None], self.gate)
-        return unpack(value), gate_ends(gate.to(self.dtype), GUARDED)
+        gate = gate.to(self.dtype)
+        return unpack(value), (End(gate, part="alive"), End(gate, part="dead"))  # of which each channel has its own
 
     def settle(self, arrived: Arrived, value: Tensor | None, saved: object) -> Sequence[Any]:
         whole = [x if x is None else x.reshape(x.shape[0], *self.shape) for x in (arrived.acc, arrived.dense, value)]

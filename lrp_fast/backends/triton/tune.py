@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 from lrp_fast.backends.passes import Passes
 from lrp_fast.backends.triton.binding import LIBRARY, has_wide_groups, merge_task, rounds_parts, task_of
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
-from lrp_fast.backends.triton.passes import FusedLinear, FusedMerge
+from lrp_fast.backends.triton.passes import FusedLinear, FusedMerge, fuses
 from lrp_fast.kernels import pointwise_conv, spatial_conv
 from lrp_fast.kernels.common import Arrival, End
 from lrp_fast.kernels.pointwise_conv import Blocks
@@ -64,7 +64,7 @@ def _choices(layer: FusedLinear, blocks: Iterable[Blocks], forward: bool = True)
     """The library's convolution, where it would do, and the kernel with each of its blocks."""
     if not (forward and rounds_parts(layer.operation, layer.denominators)):
         yield LIBRARY
-    if not (forward and layer.guard is not None):  # which looks at a whole image before its first gate
+    if fuses(layer) or not forward:
         yield from (Choice("fused", one) for one in blocks)
 
 
