@@ -34,6 +34,7 @@ EPSILON = Denominators("own", 1e-6)
 STEM = Denominators("own", 1e-5, "plain")  # otsuki2024's sees ones instead of pixels
 ALPHA_BETA = Denominators("signs", 1e-6)
 GAMMA = Denominators("gamma", 1e-6, gamma=0.25)
+APART = Denominators("apart", 1e-6)  # αβ of pixels, behind a library's convolution
 GUARD = Denominators("stacked", stabilizer="guard")
 FAINT = 1e-4
 """How small a zero-guard's denominators are in every other channel."""
@@ -124,6 +125,8 @@ class Maker:
         if denominators.kind == "gamma":
             own = self.normal(*shape)
             return torch.cat([own, own.clamp(min=0) + self.positive(*shape)], -1)
+        if denominators.kind == "apart":
+            return torch.cat([self.normal(*shape), self.positive(*shape), -self.positive(*shape)], -1)
         return torch.cat([self.positive(*shape), -self.positive(*shape) / 2], -1)
 
     def limit(self, denominators: Denominators, batch: int) -> Tensor | None:
@@ -157,9 +160,11 @@ def transposed(s: Tensor, weight: Tensor, size: int, stride: Pair = (1, 1), padd
 def understood(stacked: Tensor, bias: Tensor | None, denominators: Denominators) -> tuple[Tensor, list[Tensor]]:
     """The layer's own output and its denominators, float32."""
     raw = stacked.float() if bias is None else stacked.float() + bias.float()
-    first, second = (raw, raw) if denominators.kind == "own" else raw.chunk(2, -1)
     if denominators.kind == "own":
-        return first, [first]
+        return raw, [raw]
+    first, second, *third = raw.chunk(denominators.stacks, -1)
+    if third:
+        return first, [second, *third]
     if denominators.kind == "stacked":
         return first, [second]
     if denominators.kind == "gamma":
@@ -188,9 +193,10 @@ def gates_of(
 def gated(
     stacked: Tensor, bias: Tensor | None, rule: Denominators, limit: Tensor | None = None, fixed: Tensor | None = None
 ) -> list[Tensor]:
-    """Value and gates over it, in the dtype of ``stacked``; with denominators that are ``fixed``, those."""
+    """Value and gates over it, in the dtype of ``stacked``; ``fixed``: what of the denominators is so."""
     own, denominators = understood(stacked, bias, rule)
-    denominators = denominators if fixed is None else [fixed.float()]
+    if fixed is not None:
+        denominators = [fixed] if rule.kind == "own" else [denominators[0] + fixed]
     value = own.relu()
     gates = gates_of(own, denominators, value, rule, limit)
     return [value.to(stacked.dtype), gates.to(stacked.dtype)]
@@ -263,14 +269,14 @@ def build_gate(
     device: torch.device, dtype: torch.dtype, batch: int, precision: Precision, *,
     size: int, channels: int, rule: Denominators = POSITIVE, group_width: int = 0, fixed: bool = False,
 ) -> Prepared:  # fmt: skip
-    """gate.gate behind a library convolution; with ``fixed`` one whose denominators do not depend on the image."""
+    """gate.gate behind a library convolution; ``fixed``: its denominators do not depend on the image, or a part of them."""
     make = Maker(device, dtype)
     stacked = make.stacked(rule, batch, size, size, channels)
     bias = None if rule.stabilizer == "guard" else make.positive(rule.stacks * channels)
     limit = make.limit(rule, batch)
-    same = make.positive(size, size, channels) if fixed else None
-    if rule.kind == "signs" and bias is not None:
-        bias[channels:] *= -0.5
+    same = make.positive(size, size, channels).float() if fixed else None
+    if rule.groups == 2 and rule.kind != "gamma" and bias is not None:
+        bias[-channels:] *= -0.5
 
     def eager() -> list[Tensor]:
         beside = stacked
@@ -983,6 +989,9 @@ def rest_cases(found: Collected, side: int, stage: Stage) -> None:
     found.add(
         "gate.gate", 0, build_gate, f"{stage.size}² {wide}, groups of 4", size=stage.size, channels=wide, group_width=4
     )
+    add = partial(found.add, "gate.gate", 0, build_gate, size=stem, channels=width)
+    add(f"{stem}² {width}, αβ of pixels", rule=APART)
+    add(f"{stem}² {width}, box of pixels", rule=Z_PLUS, fixed=True)
     for kind in ("max_pool_average", "winner_pool"):
         found.add(f"pool.{kind}", 0, build_max_pool, f"{stem}² {width}", size=stem, channels=width, kind=kind)
     for what, arriving in (("", Arriving()), (", two ends", Arriving((1, 1)))):

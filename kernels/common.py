@@ -2,8 +2,8 @@
 
 Activations are NHWC and contiguous: a tensor of C channels is a matrix of ``rows`` (images · height · width) × C.
 
-A linear layer's convolution runs once with S weights stacked (S = 1 or 2), so that its raw output has S · C channels:
-``first`` and ``second``, each plus its bias. From these come the layer's own output and the denominators of its rule's
+A linear layer's convolution runs once with S weights stacked (S = 1 to 3), so that its raw output has S · C channels:
+``first``, ``second`` and ``third``, each plus its bias. From these come the layer's own output and the denominators of its rule's
 G groups (G = 1 or 2), by the kind of :class:`Denominators`::
 
     kind       S  G   own               z_1                      z_2
@@ -11,6 +11,7 @@ G groups (G = 1 or 2), by the kind of :class:`Denominators`::
     "stacked"  2  1   first             second                                                 z⁺, positive products
     "signs"    2  2   first + second    first                         second                                αβ
     "gamma"    2  2   first             first + γ · second            (1 + γ) · first − γ · second          γ
+    "apart"    3  2   first             second                        third                   αβ, behind a library's convolution
 
 and from a denominator its gate, ``gate_g = numerator · mask_g / stab(z_g)``. The gates of one layer lie side by side,
 G · C channels. Under a zero-guard what counts as dead is coded by sign: the gate is ``numerator / z`` where the
@@ -44,7 +45,7 @@ EIGHTH = 8
 class Denominators:
     """How a linear layer's stacked output becomes its own output, its denominators and its gates."""
 
-    kind: Literal["own", "stacked", "signs", "gamma"]
+    kind: Literal["own", "stacked", "signs", "gamma", "apart"]
     epsilon: float = 0.0
     stabilizer: Literal["signed", "plain", "vanishing", "guard"] = "signed"
     """``z ± ε`` by sign; ``z + ε``; ``z + ε`` with ε in place of zero; or none, and z ≤ limit counts as zero."""
@@ -54,12 +55,12 @@ class Denominators:
     @property
     def stacks(self) -> int:
         """S: how many weights are stacked in the convolution."""
-        return 1 if self.kind == "own" else 2
+        return {"own": 1, "apart": 3}.get(self.kind, 2)
 
     @property
     def groups(self) -> int:
         """G: how many gates the layer has."""
-        return 2 if self.kind in ("signs", "gamma") else 1
+        return 1 if self.kind in ("own", "stacked") else 2
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of a kernel that calls :func:`gates_of`."""
@@ -72,6 +73,14 @@ def check_one_denominator(denominators: Denominators) -> None:
     """Raise ``ValueError`` for rules of two denominators: a zero-guard looks at one."""
     if denominators.groups != 1:
         raise ValueError(f"got denominators {denominators.kind!r} of two groups, and expected 'own' or 'stacked'")
+
+
+def check_two_stacks(denominators: Denominators) -> None:
+    """Raise ``ValueError`` for the kind "apart"."""
+    if denominators.stacks > 2:
+        raise ValueError(
+            "got denominators 'apart', of three stacks, which only gate.gate takes, and expected at most two"
+        )
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from .common import (
     cdiv,
     check_one_denominator,
     divisible,
-    first_denominator,
-    load_stack,
     own_output,
     store_gates,
     tile,
@@ -32,21 +30,21 @@ from .common import (
 
 
 @triton.jit
-def load_groups(
+def load_one(
     stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C,
-    STACKS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_WIDTH: tl.constexpr,
+    PLACE: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """As ``load_stack``, but the stacks may lie group by group."""
-    if GROUP_WIDTH == 0 or STACKS == 1:
-        return load_stack(stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS)
+    """A tile of the stack at that place of a raw convolution output, plus its bias; stacks may lie group by group."""
+    if GROUP_WIDTH == 0:
+        place = rows * (STACKS * C) + PLACE * C + columns
     else:
-        place = rows * (2 * C) + columns + columns // GROUP_WIDTH * GROUP_WIDTH
-        first = tl.load(stacked_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(stacked_ptr + place + GROUP_WIDTH, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            first += tl.load(bias_ptr + columns, mask=column_inside, other=0.0).to(tl.float32)
-            second += tl.load(bias_ptr + C + columns, mask=column_inside, other=0.0).to(tl.float32)
-        return first, second
+        place = (
+            rows * (STACKS * C) + columns + columns // GROUP_WIDTH * ((STACKS - 1) * GROUP_WIDTH) + PLACE * GROUP_WIDTH
+        )
+    value = tl.load(stacked_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias_ptr + PLACE * C + columns, mask=column_inside, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -61,9 +59,12 @@ def _gate_kernel(
     rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
     column_inside = columns < C
     inside = (rows < row_count) & column_inside
-    first, second = load_groups(
-        stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS, GROUP_WIDTH
-    )
+    first = load_one(stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, 0, STACKS, HAS_BIAS, GROUP_WIDTH)
+    second = first
+    if STACKS > 1:
+        second = load_one(
+            stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, 1, STACKS, HAS_BIAS, GROUP_WIDTH
+        )
     value = own_output(first, second, KIND)
     if RELU:
         value = tl.maximum(value, 0.0)
@@ -74,17 +75,24 @@ def _gate_kernel(
     numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
     if FIXED:
         of_image = rows.to(tl.int32) % rows_per_image
-        first = tl.load(fixed_ptr + of_image * C + columns, mask=inside, other=1.0).to(tl.float32)
+        fixed = tl.load(fixed_ptr + of_image * C + columns, mask=inside, other=1.0).to(tl.float32)
+        first = fixed
+        second += fixed
+    if KIND == "apart":
+        first = second
+        second = load_one(
+            stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, 2, STACKS, HAS_BIAS, GROUP_WIDTH
+        )
     store_gates(
         gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, limit, gamma,
-        KIND, STABILIZER,
+        "signs" if KIND == "apart" else KIND, STABILIZER,
     )  # fmt: skip
 
 
 @triton.jit
 def _maximum_kernel(
     stacked_ptr, bias_ptr, maximum_ptr, rows_per_image, C, factor,
-    KIND: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_WIDTH: tl.constexpr,
+    STACKS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_WIDTH: tl.constexpr,
     EIGHTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
@@ -92,10 +100,10 @@ def _maximum_kernel(
     column_inside = columns < C
     inside = (rows < rows_per_image) & column_inside
     rows += tl.program_id(1).to(tl.int64) * rows_per_image
-    first, second = load_groups(
-        stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS, GROUP_WIDTH
+    z = load_one(
+        stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS - 1, STACKS, HAS_BIAS, GROUP_WIDTH
     )
-    z = tl.where(inside, first_denominator(first, second, 0.0, KIND), float("-inf"))
+    z = tl.where(inside, z, float("-inf"))
     tl.store(maximum_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), factor * tl.max(z))
 
 
@@ -107,11 +115,13 @@ def gate(
     """Value (…, C) and gates (…, G · C) from a raw convolution output (N, H, W, S · C), contiguous.
 
     ``over_value``: the gate's numerator is the value, else one. ``limit``: (N,) float32, for a zero-guard.
-    ``fixed``: (H, W, C), denominators that are the same for every image, in place of the own output's (of kind "own").
-    ``group_width``: not 0 if the stacks lie group by group.
+    ``fixed``: (H, W, C), what of the denominators is the same for every image: of kind "own" all there is to them, of
+    kind "stacked" added to the second stack. ``group_width``: not 0 if the stacks lie group by group.
     """
-    if fixed is not None and denominators.kind != "own":
-        raise ValueError(f"denominators that are fixed go with the kind 'own', got {denominators.kind!r}")
+    if fixed is not None and denominators.groups != 1:
+        raise ValueError(
+            f"denominators that are fixed go with the kinds 'own' and 'stacked', got {denominators.kind!r}"
+        )
     channels = stacked.shape[-1] // denominators.stacks
     rows = stacked.numel() // stacked.shape[-1]
     value = stacked.new_empty(*stacked.shape[:-1], channels)
@@ -144,7 +154,7 @@ def image_maximum(
     maximum = stacked.new_empty(images, programs, dtype=torch.float32)
     _maximum_kernel[programs, images](
         stacked, stacked if bias is None else bias, maximum, rows, channels, factor,
-        KIND=denominators.kind, STACKS=denominators.stacks, HAS_BIAS=bias is not None,
+        STACKS=denominators.stacks, HAS_BIAS=bias is not None,
         GROUP_WIDTH=group_width, EIGHTH=channels % 8 == 0, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1],
         num_warps=num_warps, **OPTIONS,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from .common import (
     Branch,
     Denominators,
     cdiv,
+    check_two_stacks,
     divisible,
     load_stack,
     settle,
@@ -94,10 +95,11 @@ def merge(
 
     That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant.
     ``is_residual``: ``branch`` is the residual one. Both have the same denominators and, under a zero-guard, limits of
-    their own. Tensors (N, …, S · C) or (N, …, C), contiguous. ValueError for a ``branch`` that is not linear.
+    their own. Tensors (N, …, S · C) or (N, …, C), contiguous. ValueError for a ``branch`` that is not linear, or three stacks.
     """
     if not branch.linear:
         raise ValueError("got two plain branches or the linear one second, and expected the linear one first")
+    check_two_stacks(denominators)
     if split not in SPLITS:
         raise ValueError(f"got the split {split!r}, and expected one of {', '.join(SPLITS)}")
     stacked = branch.tensor

@@ -38,6 +38,7 @@ from .common import (
     Denominators,
     cdiv,
     check_one_denominator,
+    check_two_stacks,
     load_stack,
     next_power_of_2,
     own_output,
@@ -430,6 +431,7 @@ def _forward(
     stacks: int,
 ) -> tuple[Blocks, tuple[int, int, int, int], dict[str, Any]]:  # fmt: skip
     """The blocks, the result's shape (N, Ho, Wo, C) and the arguments that both forward kernels take."""
+    check_two_stacks(denominators)
     images, height, width, inner = x.shape
     columns = weight.shape[0] // denominators.stacks
     shape = (images, (height - 1) // stride + 1, (width - 1) // stride + 1, columns)

@@ -37,6 +37,7 @@ from .common import (
     Branch,
     Denominators,
     cdiv,
+    check_two_stacks,
     load_stack,
     next_power_of_2,
     own_output,
@@ -263,6 +264,7 @@ def _forward(
     tiles: int, precision: Precision, blocks: Blocks | None,
 ) -> tuple[Blocks, tuple[int, int, int, int], dict[str, Any]]:  # fmt: skip
     """The blocks, the result's shape (N, Ho, Wo, C) and the arguments that both forward kernels take."""
+    check_two_stacks(denominators)
     if denominators.stabilizer == "guard":
         raise ValueError(
             "got a zero-guard, which needs the largest denominator of an image before its gates, and expected a "

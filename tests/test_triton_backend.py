@@ -24,6 +24,7 @@ from lrp_fast.backends.triton import choice as choice_module
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
 from lrp_fast.backends.triton.launch import OPERATORS
 from lrp_fast.kernels.pointwise_conv import Blocks
+from lrp_fast.rules import AlphaBeta, Flat, Gamma, Rule, WSquare, ZBox, ZPlus
 from networks import CifarResNet, calibrated, relative_error
 
 
@@ -162,7 +163,7 @@ def test_spatial_kernels_in_a_network(model: nn.Module, images: Tensor, composit
     assert launched["spatial_gated"] == 5
     assert launched["spatial_merged"] == 1
     assert launched["spatial_backward"] == 7
-    assert launched["gate"] == (1 if composite == "otsuki2024" else 0)  # the stem, whose denominators are fixed
+    assert launched["gate"] == 1  # the stem
     assert launched["merge"] == 0
 
 
@@ -282,6 +283,20 @@ def test_one_image_alone_and_equal_bits(model: nn.Module, images: Tensor) -> Non
     assert torch.equal(together.heatmap, again.heatmap)
     alone = torch.cat([explainer.explain(image[None]).heatmap for image in images])
     assert relative_error(alone, together.heatmap) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [ZPlus(), AlphaBeta(2.0, 1.0), ZBox(), WSquare(), Flat(), Gamma(0.25)], ids=str)
+def test_rules_of_pixels(model: nn.Module, images: Tensor, rule: Rule, dtype: torch.dtype) -> None:
+    """The first layer, whose rule looks at parts of its input or at none of it; γ there, which masks them, is torch's."""
+    composite = Composite.named("otsuki2024").with_rule("conv1", rule)
+    expected = LRP(model, composite, backend="reference").explain(images, start="one")
+    explainer = LRP(model, composite, backend="triton", dtype=dtype)
+    (line,) = (line for line in explainer.describe(SHAPE).splitlines() if line.startswith("conv1 "))
+    assert "triton: library + gate / " in line or rule.name == "gamma"
+    for relevance in (True, False):
+        got = explainer.explain(images, start="one", relevance=relevance)
+        assert relative_error(got.heatmap, expected.heatmap) <= (1e-5 if dtype == torch.float32 else 3e-2)
 
 
 class Odd(nn.Module):

@@ -19,12 +19,15 @@ from test_common import (
     defined_stack,
     drawn_stack,
     gpu,
+    normal,
     poisoned_outputs,
 )
 from torch import Tensor
 
-from lrp_fast.kernels.common import Denominators
+from lrp_fast.kernels import pointwise_conv
+from lrp_fast.kernels.common import Branch, Denominators
 from lrp_fast.kernels.gate import gate, image_maximum
+from lrp_fast.kernels.merge import merge
 
 __all__ = ["poisoned_outputs"]
 
@@ -84,8 +87,40 @@ def test_denominators_that_are_the_same_for_every_image(block: tuple[int, int] |
     got, gates = gate(raw, bias, denominators, relu=True, over_value=True, fixed=fixed, block=block)
     agree(got, value, BOUND[torch.float32])
     agree(gates, value / (fixed.double() + 1e-2), BOUND[torch.float32])
-    with pytest.raises(ValueError, match="go with the kind 'own', got 'stacked'"):
-        gate(raw, None, Denominators("stacked"), relu=True, over_value=True, fixed=fixed)
+    with pytest.raises(ValueError, match="go with the kinds 'own' and 'stacked', got 'signs'"):
+        gate(raw, None, ALPHA_BETA, relu=True, over_value=True, fixed=fixed)
+
+
+@pytest.mark.parametrize("block", [SMALL, None])
+def test_denominators_that_are_partly_the_same_for_every_image(block: tuple[int, int] | None) -> None:
+    raw, bias = drawn_stack(POSITIVE, 3, 5, 7, 24)
+    fixed = torch.rand(5, 7, 24, device=DEVICE) + 0.5
+    own, (z,) = defined_stack(raw, bias, POSITIVE)
+    got, gates = gate(raw, bias, POSITIVE, relu=True, over_value=False, fixed=fixed, block=block)
+    agree(got, own.clamp(min=0), 1e-5)
+    agree(gates, 1 / (z + fixed.double() + POSITIVE.epsilon), 1e-5)
+
+
+@pytest.mark.parametrize("group_width", [0, 8])
+def test_two_denominators_apart_from_the_own_output(group_width: int) -> None:
+    """Which is not their sum here, so that neither can stand in for it."""
+    apart = Denominators("apart", 0.25)
+    own, plus, minus = normal(2, 3, 5, 24), normal(2, 3, 5, 24).abs(), -normal(2, 3, 5, 24).abs()
+    bias = torch.cat([normal(24), normal(24).abs(), -normal(24).abs()])
+    stacks = [x.unflatten(-1, (-1, group_width or 24)) for x in (own, plus, minus)]
+    raw = torch.cat(stacks, -1).flatten(-2).contiguous()
+    value, gates = gate(raw, bias, apart, relu=True, over_value=True, group_width=group_width, block=SMALL)
+    own, plus, minus = (x.double() + b.double() for x, b in zip((own, plus, minus), bias.split(24), strict=True))
+    agree(value, own.clamp(min=0), 1e-5)
+    agree(gates, torch.cat([own.clamp(min=0) / (plus + 0.25), own.clamp(min=0) / (minus - 0.25)], -1), 1e-5)
+
+
+def test_three_stacks_are_for_the_gate_pass_alone() -> None:
+    apart, x, weight = Denominators("apart"), normal(1, 2, 2, 16), normal(48, 16)
+    with pytest.raises(ValueError, match="'apart', of three stacks, which only gate.gate takes"):
+        pointwise_conv.gated(x, weight, None, apart, relu=True, over_value=True)
+    with pytest.raises(ValueError, match="'apart', of three stacks"):
+        merge(Branch(normal(1, 2, 2, 48), True), Branch(x), apart, "ratio", relu=True, is_residual=True)
 
 
 def test_stacks_of_a_grouped_convolution() -> None:

@@ -25,15 +25,15 @@ from lrp_fast.backends.triton.passes import (
     FusedMerge,
     FusedPool,
     FusedWinnerPool,
+    PartedLinear,
     SettledLinear,
-    StemLinear,
     is_pointwise,
     stabilizer_form,
 )
 from lrp_fast.kernels.common import SPLITS, Denominators, interpreted
 from lrp_fast.layers import AveragePool, Convolution, MaxPool, Shape
 from lrp_fast.plan import Unit
-from lrp_fast.rules import NEGATIVE, POSITIVE, WHOLE, ZeroGuard
+from lrp_fast.rules import FIXED_PARTS, NEGATIVE, POSITIVE, WHOLE, ZeroGuard
 from lrp_fast.splits import get_split
 
 Served = Passes | str
@@ -112,8 +112,7 @@ def _serve_linear(
     if isinstance(denominators, str):
         if len(operation.rule.groups) + (operation.guard is not None) > 2:
             return denominators
-        fixed = operation.inputs == ["one"] and len(operation.rule.groups) == 1 and operation.guard is None
-        kind = StemLinear if fixed and layer.groups == 1 and not operation.masked else SettledLinear
+        kind = PartedLinear if has_parts(operation) else SettledLinear
         return kind(operation, unit.relu, over_value, x_shape[1:], shape)
     task = task_of(operation, denominators, x_shape, shape, precision)
     onward, back = (choices.of(task(direction)) for direction in ("forward", "backward"))
@@ -133,6 +132,13 @@ def _serve_linear(
 def _fused(choice: Choice) -> Choice:
     """A choice that is not the library's."""
     return choice if choice.way == "fused" else Choice("fused")
+
+
+def has_parts(operation: LinearOperation) -> bool:
+    """Whether a rule's denominators are sums over parts of the input, and what is the same for every image of one."""
+    fixed = any(term.input in FIXED_PARTS for terms in operation.groups for term, _ in terms)
+    plain = operation.guard is None and not operation.masked and not operation.grouped
+    return plain and not (fixed and len(operation.groups) > 1)
 
 
 def rounds_parts(operation: LinearOperation, denominators: Denominators) -> bool:

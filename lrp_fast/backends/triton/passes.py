@@ -11,13 +11,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lrp_fast.backends.passes import Arrived, Passes
+from lrp_fast.backends.passes import Arrived, Passes, times
 from lrp_fast.backends.torch import (
     Gates,
     LinearOperation,
     MergeOperation,
     ProportionalPool,
+    Term,
     WinnerPool,
+    channels_last,
+    part_of,
     transposed_convolution,
 )
 from lrp_fast.backends.triton.choice import Choice
@@ -25,7 +28,7 @@ from lrp_fast.backends.triton.launch import configuration, launch
 from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, Denominators, End, pack, unpack
 from lrp_fast.kernels.spatial_conv import pack_backward
 from lrp_fast.layers import Convolution, MaxPool, Shape
-from lrp_fast.rules import Stabilizer, ZeroGuard
+from lrp_fast.rules import FIXED_PARTS, InputPart, Stabilizer, ZeroGuard
 from lrp_fast.scopes import current_device
 
 Ends = tuple[End, ...]
@@ -160,19 +163,29 @@ class SettledLinear(TritonPasses):
         return None
 
 
-class StemLinear(SettledLinear):
-    """A first layer whose denominators do not depend on the image: gates in one pass, and the map alone sent directly."""
+class PartedLinear(SettledLinear):
+    """A layer whose rule looks at parts of its input, or at none of it, as first layers' do.
+
+    The parts lie side by side as channels, so that one convolution gives the layer's own output and all its denominators,
+    and one pass behind it their gates; what of a denominator is the same for every image is found once. Backward one
+    transposed convolution sends to all parts; where it may, straight to the map.
+    """
 
     def __init__(self, operation: LinearOperation, relu: bool, over_value: bool, x_shape: Shape, shape: Shape) -> None:
         super().__init__(operation, relu, over_value, x_shape, shape)
         layer, stabilizer = operation.layer, operation.rule.stabilizer
         assert isinstance(layer, Convolution)
         assert isinstance(stabilizer, Stabilizer)
-        ((_, self.weight, self.bias),) = operation.stacks["x"]
-        _, (z,), _ = operation.forward(self.weight.new_zeros(1, *x_shape))
-        self.fixed = pack(z)[0]  # H × W × C
-        denominators = Denominators("own", stabilizer.epsilon, stabilizer_form(operation))
-        self.gate = configuration(denominators=denominators, relu=relu, over_value=over_value)
+        terms = [[(operation.own, 1.0)], *operation.groups]
+        varying = {term.input for group in operation.groups for term, _ in group} - set(FIXED_PARTS)
+        self.parts: list[InputPart] = ["x+", "x-"] if varying & {"x+", "x-"} else ["x"]
+        stacked = [self._stacked(group) for group in (terms if varying else terms[:1])]
+        self.weight = channels_last(torch.cat([weight for weight, _ in stacked]).to(self.dtype))
+        self.bias = torch.cat([bias for _, bias in stacked]).float()
+        self.fixed = self._fixed(terms[1])
+        kind: Literal["own", "stacked", "apart"] = "own" if not varying else "apart" if len(terms) > 2 else "stacked"
+        self.denominators = Denominators(kind, stabilizer.epsilon, stabilizer_form(operation))
+        self.gate = configuration(denominators=self.denominators, relu=relu, over_value=over_value)
         self.service = "triton: library + gate / torch"
         self.direct = operation.summed is not None and layer.dilation == (1, 1)
         if operation.summed is not None and self.direct:
@@ -180,17 +193,75 @@ class StemLinear(SettledLinear):
             height, width = x_shape[1:]
             self.heatmap = configuration(stride=layer.stride, padding=layer.padding, height=height, width=width)
             self.service = "triton: library + gate / heatmap"
+        elif varying:
+            returned = [self._returned(part) for part in operation.inputs]
+            self.returned = channels_last(torch.cat(returned, 1).to(self.dtype))  # G · C × parts · Cin × kh × kw
+            self.service = "triton: library + gate / library"
+
+    def _stacked(self, terms: Sequence[tuple[Term, float]]) -> tuple[Tensor, Tensor]:
+        """The weight on all parts and the bias that terms share, float64."""
+        shape = (self.shape[0], len(self.parts), *self.operation.weight_shape[1:])
+        device = self.operation.device
+        weight = torch.zeros(shape, dtype=torch.float64, device=device)
+        bias = torch.zeros(shape[0], dtype=torch.float64, device=device)
+        for term, factor in terms:
+            if term.input in FIXED_PARTS:
+                continue
+            own, added = self.operation.affine(term)
+            places = [self.parts.index(term.input)] if term.input in self.parts else range(len(self.parts))
+            for place in places:  # all of x is the sum of its parts
+                weight[:, place] += factor * own
+            bias += 0 if added is None else factor * added
+        return weight.flatten(1, 2), bias
+
+    def _fixed(self, terms: Sequence[tuple[Term, float]]) -> Tensor | None:
+        """What of a denominator does not depend on the image, H × W × C float32."""
+        layer, found = self.operation.layer, None
+        like = torch.empty(1, *self.x_shape, dtype=torch.float64, device=self.operation.device)
+        for term, factor in terms:
+            if term.input in FIXED_PARTS:
+                weight, bias = self.operation.affine(term)
+                bias = None if bias is None else bias.double()
+                z = factor * layer.apply(
+                    self.operation.constant_input(term.input, like).double(), weight.double(), bias
+                )
+                found = z if found is None else found + z
+        return None if found is None else pack(found)[0].float()
+
+    def _returned(self, part: InputPart) -> Tensor:
+        """What sends the messages of all groups to a part: G · C × Cin × kh × kw, float64."""
+        groups = len(self.operation.groups)
+        weight = torch.zeros(groups, *self.operation.weight_shape, dtype=torch.float64, device=self.operation.device)
+        for index, term, factor in self.operation.sent[part]:
+            weight[index] += factor * part_of(self.operation.weights(term.own)[0], term.weight)
+        return weight.flatten(0, 1)
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
-        stacked = pack(self.operation.layer.apply(sources[0].to(self.operation.dtype), self.weight))
+        x = sources[0].to(self.dtype)
+        if len(self.parts) > 1:
+            x = channels_last(torch.cat([x.clamp(min=0), x.clamp(max=0)], 1))
+        stacked = pack(self.operation.layer.apply(x, self.weight))
         value, gates = launch("gate", [stacked, self.bias, None, self.fixed], self.gate)
-        return unpack(value), (End(gates),)
+        return unpack(value), gate_ends(gates, self.denominators)
 
     def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
-        if not (heatmap and self.direct):
+        if heatmap and self.direct:
+            (even,) = launch("stem_heatmap", [leaving[0], self.summed], self.heatmap)
+            return Arrived(dense=even.unsqueeze(1))
+        inputs, layer = self.operation.inputs, self.operation.layer
+        if set(inputs) <= {"one"}:
             return super().send(leaving, x, heatmap)
-        (even,) = launch("stem_heatmap", [leaving[0], self.summed], self.heatmap)
-        return Arrived(dense=even.unsqueeze(1))
+        assert isinstance(layer, Convolution)
+        size = (len(inputs) * self.x_shape[0], *self.x_shape[1:])
+        shares = transposed_convolution(unpack(leaving[0]), self.returned, layer, size, 1).chunk(len(inputs), 1)
+        messages = [times(share, self._part(part, x, share)) for part, share in zip(inputs, shares, strict=True)]
+        return Arrived(dense=sum(messages[1:], messages[0]))
+
+    def _part(self, part: InputPart, x: Tensor | None, like: Tensor) -> Tensor:
+        if part in FIXED_PARTS:
+            return self.operation.constant_input(part, like[:1])
+        assert x is not None
+        return x if part == "x" else x.clamp(min=0) if part == "x+" else x.clamp(max=0)
 
 
 def stabilizer_form(operation: LinearOperation) -> Literal["signed", "plain", "vanishing", "guard"]:
