@@ -300,7 +300,8 @@ def build_image_maximum(
         _, (z,) = understood(stacked, bias, GUARD)
         return [z.flatten(1).amax(1)]
 
-    return Prepared(lambda: [gate.image_maximum(stacked, bias, GUARD)], eager, moved(stacked, bias) + 4 * batch)
+    half = moved(stacked, bias) // 2  # the second stack is all it reads
+    return Prepared(lambda: [gate.image_maximum(stacked, bias, GUARD)], eager, half + 4 * batch)
 
 
 @dataclass(frozen=True)

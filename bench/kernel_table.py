@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -22,7 +22,8 @@ import torchvision
 from resources import Row, resources
 
 from cases import KernelCase, Prepared, kernel_cases
-from predict import BANDWIDTH, RATES, Pass, predicted, recorded
+from lrp_fast import list_composites
+from predict import BANDWIDTH, RATES, Pass, Recorded, predicted, recorded
 
 README = pathlib.Path(__file__).resolve().parents[1] / "kernels" / "README.md"
 BATCH, SIDE = 256, 224
@@ -38,12 +39,14 @@ def main(arguments: Sequence[str]) -> None:
     measured = _measured(pathlib.Path(arguments[0])) if arguments else {}
     torch.manual_seed(0)
     model, shape = torchvision.models.resnet50().eval(), (BATCH, 3, SIDE, SIDE)
-    default, fused = recorded(model, shape), recorded(model, shape, defaults=FUSED)
+    default, fused = recorded(model, shape).passes, recorded(model, shape, defaults=FUSED).passes
     compiled: dict[str, list[Row]] = {}
     for row in resources("cases", "bf16"):
         compiled.setdefault(row.case, []).append(row)
     text = README.read_text()
     text = between(text, "explanation", explanation_table(default, fused))
+    found = {name: recorded(model, shape, composite=name) for name in list_composites()}
+    text = between(text, "composites", composite_table(found))
     for name, hot in (("hot", True), ("others", False)):
         cases = [case for case in kernel_cases() if bool(case.count) == hot]
         text = between(text, name, kernel_table(cases, compiled, measured))
@@ -146,6 +149,18 @@ def explanation_table(default: Sequence[Pass], fused: Sequence[Pass]) -> str:
     columns = ("launches", "MB", "GFLOP", "predicted µs")
     header = ["an image", *columns, *(f"{column}, 3×3 fused" for column in columns), "measured µs"]
     return f"At {rates()}:\n\n{lines(header, rows)}\n\n{extra_table(default, fused)}"
+
+
+def composite_table(found: Mapping[str, Recorded]) -> str:
+    """Every composite: what an image takes, and how much of it torch's own operations move."""
+    header = ("composite", "launches", "MB", "GFLOP", "predicted µs", "images/s", "MB by torch", "MB held")
+    rows = []
+    for name, explanation in found.items():
+        all_of_it = total(explanation.passes)
+        rest = total(one for one in explanation.passes if one.name.startswith("torch: "))
+        speed = f"{1e6 / all_of_it.microseconds:,.0f}"
+        rows.append([f"`{name}`", *all_of_it.cells(), speed, f"{rest.megabytes:.1f}", f"{explanation.peak / BATCH / 1e6:.1f}"])
+    return lines(header, rows)
 
 
 def by_kind(passes: Sequence[Pass]) -> dict[str, Sum]:

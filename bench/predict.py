@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,17 @@ class Pass:
         return predicted(self.bytes, self.flops, self.itemsize)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """An explanation's ``passes`` in order, and the bytes it holds at most (``peak``) beyond the model and the images.
+
+    What libraries and kernels take for themselves while they run is not seen.
+    """
+
+    passes: list[Pass]
+    peak: int
+
+
 def predicted(bytes_moved: int, flops: int, itemsize: int = 2) -> float:
     """Seconds of a pass."""
     return max(bytes_moved / BANDWIDTH, flops / RATES[itemsize] if flops else 0.0)
@@ -74,8 +86,8 @@ def predicted(bytes_moved: int, flops: int, itemsize: int = 2) -> float:
 def recorded(
     model: nn.Module, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16, composite: str = "otsuki2024",
     defaults: dict[str, Any] | None = None,
-) -> list[Pass]:  # fmt: skip
-    """The passes of an explanation with heatmaps out, in order. ``defaults``: those of :class:`Choices`, by default its own."""
+) -> Recorded:  # fmt: skip
+    """An explanation with heatmaps out. ``defaults``: those of :class:`Choices`, by default its own."""
     plan, chosen = trace(model), Composite.named(composite)
     assignments, parameters = chosen.assign(plan), parameter_table(model, plan)
     linears = bind_linears(plan, assignments, chosen.batch_norm == "fold", parameters, dtype)
@@ -94,20 +106,31 @@ def recorded(
         with Recorder() as recorder:
             logits, tape = program.forward(images)
             program.backward(tape, logits.softmax(1))
-    return recorder.passes
+    return Recorded(recorder.passes, recorder.peak)
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every operation that moves anything."""
+    """Keeps every operation that moves anything, and how much memory those before it hold at most."""
 
     def __init__(self) -> None:
         super().__init__()
         self.passes: list[Pass] = []
+        self.held: dict[int, int] = {}
+        self.peak = 0
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.held:
+            self.held[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.held.pop, storage._cdata)
+            self.peak = max(self.peak, sum(self.held.values()))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        for tensor in distinct(result):
+            self._hold(tensor)
         aliased = [returned.alias_info for returned in func._schema.returns if returned.alias_info is not None]
         read, written = distinct((args, kwargs)), distinct(result)
         if aliased and aliased[0].is_write:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
 
 from cases import kernel_cases, small_cases
 from kernel_bench import DTYPES, Row
-from predict import KERNELS, recorded
+from predict import KERNELS, Recorder, recorded
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_a_kernel_equals_plain_torch(row: Row) -> None:
 def test_the_cases_are_what_an_explanation_launches() -> None:
     """Of a ResNet-50 in bfloat16: as many launches of each kernel, which move as many bytes and multiply as much."""
     launches, moved, multiplied = Counter[str](), Counter[str](), Counter[str]()
-    for one in recorded(torchvision.models.resnet50().eval(), (4, 3, 224, 224)):
+    for one in recorded(torchvision.models.resnet50().eval(), (4, 3, 224, 224)).passes:
         if one.name in KERNELS.values():
             launches[one.name] += 1
             moved[one.name] += one.bytes
@@ -58,3 +58,26 @@ def test_the_cases_are_what_an_explanation_launches() -> None:
     assert counted == launches
     assert flops == multiplied
     assert {name: pytest.approx(moved[name], rel=1e-3) for name in moved} == bytes_moved
+
+
+def test_an_explanation_holds_little_memory() -> None:
+    """At most 60 MB an image in bfloat16, all it keeps for the backward pass, and as much again in float32."""
+    model = torchvision.models.resnet50().eval()
+    peaks = [recorded(model, (256, 3, 224, 224), dtype).peak / 256 for dtype in (torch.bfloat16, torch.float32)]
+    assert 30e6 < peaks[0] < 60e6
+    assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.01)
+
+
+def test_recorded_memory_is_what_is_held_at_once() -> None:
+    with Recorder() as recorder:
+        first = torch.empty(1000, dtype=torch.uint8)
+        second = first.clone()
+        del first
+        third = second + 1
+        view = third[:10]
+        del second, third
+        fourth = torch.empty(100, dtype=torch.uint8)
+    assert recorder.peak == 2000
+    assert sum(recorder.held.values()) == 1100
+    del view, fourth
+    assert not recorder.held
