@@ -22,7 +22,7 @@ import lrp_fast.backends.triton as backend
 from lrp_fast import LRP, Composite, Splits, heat_quantize, list_composites
 from lrp_fast.backends.triton import choice as choice_module
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
-from lrp_fast.backends.triton.launch import OPERATORS
+from lrp_fast.backends.triton.launch import OPERATORS, Operator
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.rules import AlphaBeta, Flat, Gamma, Rule, WSquare, ZBox, ZPlus
 from networks import CifarResNet, calibrated, relative_error
@@ -335,6 +335,25 @@ def test_other_designs(composite: str, size: tuple[int, int]) -> None:
     error, launched = compared(model, images, composite)
     assert error <= bound(composite)
     assert launched["block_backward"] >= 1
+
+
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving", "epsilon_alpha2_beta1"])
+def test_launchers_are_called_at_once_where_nobody_looks(
+    model: nn.Module, images: Tensor, composite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An op of torch costs more Python than a small kernel takes; what is seen through one is the same to the bit."""
+    explainer = LRP(model, composite, backend="triton")
+    with Launched() as launched:
+        seen = explainer.explain(images)
+    assert launched.counts["pointwise_backward"]
+
+    def refused(self: Operator, *_: Any) -> None:
+        raise AssertionError(f"the op {self.name} was called")
+
+    monkeypatch.setattr(Operator, "__call__", refused)
+    assert torch.equal(explainer.explain(images).heatmap, seen.heatmap)
+    with Launched(), pytest.raises(AssertionError, match=r"the op \w+ was called"):
+        explainer.explain(images)
 
 
 @pytest.mark.parametrize("composite", ["otsuki2024", "conserving", "epsilon_gamma_box"])
