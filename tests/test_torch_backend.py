@@ -31,6 +31,7 @@ from test_reference import (
     relative_error,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrp_fast import LRP, Composite, list_composites, reference, rules
 from lrp_fast.backends.torch import (
@@ -42,6 +43,7 @@ from lrp_fast.backends.torch import (
     Message,
     ProportionalPool,
     WinnerPool,
+    guarded,
     move_back,
     times,
     times_plus,
@@ -253,6 +255,42 @@ def test_structural_zeros_are_no_valid_inputs(name: str, pixels: bool, dtype: to
     got = total(whole.backward(R, whole.gates(z, output, 1.0), x, geometry.input_shape), x)
     expected = reference.share_linear(layer, rule, x.double(), R.double(), *weights).inputs[0]
     assert relative_error(got, expected) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 7), (3, 5, 7, 2)])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_zero_guard_has_nothing_to_spread_where_nothing_is_dead(shape: tuple[int, ...], share: float) -> None:
+    """Which is seen at once on a CPU; in a graph that is being made it cannot be, and the mask is there, empty."""
+    guard = ZeroGuard(1e-3)
+    z, numerator = torch.rand(shape) + 0.1, torch.randn(shape)
+    z[0] *= 1e-6  # an image's own largest denominator decides
+    z[-1][torch.rand(shape[1:]) < share] = 1e-4
+    z[1, 0], z[-1, 0] = 1.0, 1.0
+    if share:
+        z[-1, 1] = 1e-4
+    for above in (1.0, numerator):
+        alive, dead = guarded(z, guard, above)
+        with Watched():
+            told = guarded(z, guard, above)
+        assert torch.equal(told[0], alive)
+        assert told[1] is not None
+        if share == 0:
+            assert dead is None
+            assert torch.equal(alive, above / z)
+            assert not told[1].any()
+        else:
+            mask = z == 1e-4
+            assert dead is not None
+            assert torch.equal(dead, mask * above)
+            assert torch.equal(alive, torch.where(mask, 0.0, above / z))
+            assert torch.equal(told[1], dead)
+
+
+class Watched(TorchDispatchMode):
+    """Any dispatch mode."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def test_bounds_of_the_wrong_number_of_channels_name_the_layer() -> None:

@@ -93,11 +93,27 @@ def stabilized(z: Tensor, stabilizer: Stabilizer, may_vanish: bool) -> Tensor:
     return z.masked_fill(z == 0, stabilizer.epsilon) if may_vanish and not stabilizer.signed else z
 
 
-def guarded(z: Tensor, guard: ZeroGuard, numerator: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The gate of a zero-guarded denominator, and the mask (times the numerator) of what counts as zero."""
-    dead = z <= guard.threshold * z.flatten(1).amax(1).view(-1, *(1,) * (z.ndim - 1))
-    alive = (numerator / z.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
-    return alive, dead * numerator
+def guarded(z: Tensor, guard: ZeroGuard, numerator: Tensor | float) -> tuple[Tensor, Tensor | None]:
+    """The gate of a zero-guarded denominator, and the mask (times the numerator) of what counts as zero.
+
+    None for a mask that is known to be empty, as most are: then nothing needs to be spread.
+    """
+    rest = tuple(range(1, z.ndim))
+    limit = guard.threshold * z.amax(rest, keepdim=True)
+    if may_look(z) and bool((z.amin(rest, keepdim=True) > limit).all()):
+        return numerator / z, None
+    dead = z <= limit
+    return (numerator / z).masked_fill_(dead, 0.0), dead * numerator
+
+
+def stored(alive: Tensor, dead: Tensor | None, dtype: torch.dtype) -> Gates:
+    """A zero-guard's gates in the compute dtype."""
+    return Gates((alive.to(dtype),), None if dead is None else dead.to(dtype))
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether a decision may depend on a tensor: not in a graph that is being made, nor where it means to wait for a device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 # Linear layers ------------------------------------------------------------------------------------------------------
@@ -373,8 +389,7 @@ class LinearOperation:
             return Gates(tuple(quotient(numerator, z_g) for z_g in z))
         above = numerator.to(wide) if isinstance(numerator, Tensor) else numerator
         if self.guard is not None:
-            alive, dead = guarded(z[0].to(wide), self.guard, above)
-            return Gates((alive.to(self.dtype),), dead.to(self.dtype))
+            return stored(*guarded(z[0].to(wide), self.guard, above), self.dtype)
         assert isinstance(self.rule.stabilizer, Stabilizer)
         gates = []
         for group, z_g in zip(self.rule.groups, z, strict=True):
@@ -777,8 +792,7 @@ class ProportionalPool:
             z = self.map.forward(x)
         z = z.to(accumulation_dtype(self.dtype))
         if isinstance(self.stabilizer, ZeroGuard):
-            alive, dead = guarded(z, self.stabilizer, 1.0)
-            return y, Gates((alive.to(self.dtype),), dead.to(self.dtype))
+            return y, stored(*guarded(z, self.stabilizer, 1.0), self.dtype)
         return y, Gates(((1.0 / stabilized(z, self.stabilizer, False)).to(self.dtype),))
 
     def backward(self, relevance: Tensor, gates: Gates, x: Tensor | None, shape: Shape) -> Message:
