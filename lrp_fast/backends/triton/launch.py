@@ -346,7 +346,7 @@ def launch(name: str, tensors: Tensors, configured: str = "{}", arrival: Arrival
     what the kernel of a small batch takes.
     """
     operator = OPERATORS[name]
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
         if arrival is None:
             return operator(tensors, configured, "")
         return operator([*tensors, *arrival_tensors(arrival)], configured, arrival_text(arrival))
