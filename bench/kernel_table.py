@@ -159,7 +159,9 @@ def composite_table(found: Mapping[str, Recorded]) -> str:
         all_of_it = total(explanation.passes)
         rest = total(one for one in explanation.passes if one.name.startswith("torch: "))
         speed = f"{1e6 / all_of_it.microseconds:,.0f}"
-        rows.append([f"`{name}`", *all_of_it.cells(), speed, f"{rest.megabytes:.1f}", f"{explanation.peak / BATCH / 1e6:.1f}"])
+        rows.append(
+            [f"`{name}`", *all_of_it.cells(), speed, f"{rest.megabytes:.1f}", f"{explanation.peak / BATCH / 1e6:.1f}"]
+        )
     return lines(header, rows)
 
 

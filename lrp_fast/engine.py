@@ -99,7 +99,7 @@ class Program:
         # Backward, the first reader is the last to send.
         self.settles = [
             len(unit.inputs) == 1 and first_reader[unit.inputs[0]] == place
-            and (receiver := self.passes[unit.inputs[0]]) is not None and receiver.settles
+            and self.passes[unit.inputs[0]] is not None
             and unit.inputs[0] not in self.observed.values()
             for place, unit in enumerate(self.units)
         ]  # fmt: skip

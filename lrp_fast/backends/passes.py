@@ -96,13 +96,12 @@ def _plus(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 class Passes(ABC):
     """A unit as a backend's own passes, bound to shapes, dtype and device; ``service`` says for people what runs it.
 
-    ``settles``: what arrives here can be settled in the last pass of the unit that sends it. ``takes``: at a merge, for
-    each branch whether its last layer is part of it: forward, the branch then gives that layer's input, and backward
-    what leaves the merge for it has gone through that layer's gates.
+    What arrives here can be settled in the last pass of the unit that sends it, if that has passes too. ``takes``: at a
+    merge, for each branch whether its last layer is part of it: forward, the branch then gives that layer's input, and
+    backward what leaves the merge for it has gone through that layer's gates.
     """
 
     service: str
-    settles: bool
     takes: Sequence[bool] = ()
 
     @abstractmethod

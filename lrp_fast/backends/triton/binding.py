@@ -20,16 +20,15 @@ from lrp_fast.backends.torch import (
     WinnerPool,
 )
 from lrp_fast.backends.triton.choice import Choice, Choices, Direction, Task
-from lrp_fast.backends.triton.passes import (
+from lrp_fast.backends.triton.linear import (
     FusedLinear,
-    FusedMerge,
-    FusedPool,
-    FusedWinnerPool,
     PartedLinear,
     SettledLinear,
     is_pointwise,
     stabilizer_form,
 )
+from lrp_fast.backends.triton.merges import FusedMerge
+from lrp_fast.backends.triton.pools import FusedPool, FusedWinnerPool
 from lrp_fast.kernels.common import SPLITS, Denominators, interpreted
 from lrp_fast.layers import AveragePool, Convolution, MaxPool, Shape
 from lrp_fast.plan import Unit

@@ -15,7 +15,8 @@ from triton.runtime.errors import OutOfResources
 from lrp_fast.backends.passes import Passes
 from lrp_fast.backends.triton.binding import LIBRARY, has_wide_groups, merge_task, rounds_parts, task_of
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
-from lrp_fast.backends.triton.passes import FusedLinear, FusedMerge, fuses
+from lrp_fast.backends.triton.linear import FusedLinear, fuses
+from lrp_fast.backends.triton.merges import FusedMerge
 from lrp_fast.kernels import pointwise_conv, spatial_conv
 from lrp_fast.kernels.common import Arrival, End
 from lrp_fast.kernels.pointwise_conv import Blocks

@@ -1,0 +1,97 @@
+"""Merges as fused kernels: forward in the epilogue of a branch, and the split settled with the message to its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lrp_fast.backends.passes import Arrived
+from lrp_fast.backends.torch import MergeOperation
+from lrp_fast.backends.triton.choice import Choice
+from lrp_fast.backends.triton.launch import configuration, launch
+from lrp_fast.backends.triton.linear import FusedLinear, fuses
+from lrp_fast.backends.triton.passes import Ends, TritonPasses, gate_ends
+from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, End, pack, unpack
+from lrp_fast.layers import Shape
+
+
+class FusedMerge(TritonPasses):
+    """``h = ReLU(F + S)`` in the epilogue of a branch's last layer; relevance goes on through both branches' gates.
+
+    ``branches``: each branch's last layer, where that is linear and the merge alone reads it. ``choice``: that layer's
+    kernel with the merge in its epilogue, which multiplies for both branches where both end in 1×1 convolutions; or the
+    library's convolutions, the merge behind them.
+    """
+
+    def __init__(
+        self, operation: MergeOperation, relu: bool, branches: Sequence[FusedLinear | None], shape: Shape,
+        choice: Choice,
+    ) -> None:  # fmt: skip
+        self.operation, self.relu, self.shape, self.branches = operation, relu, shape, tuple(branches)
+        self.takes = [branch is not None for branch in branches]
+        self.this = max(place for place, branch in enumerate(branches) if branch is not None)
+        self.other = 1 - self.this
+        last = self.branches[self.this]
+        assert last is not None
+        self.last, self.beside, self.dtype = last, self.branches[self.other], last.dtype
+        self.fuses = choice.way == "fused" and fuses(last)
+        self.multiplies = self.fuses and self.beside is not None and last.pointwise and self.beside.pointwise
+        split = operation.split.name
+        values = {
+            "denominators": last.denominators, "split": split, "relu": relu,
+            "is_residual": self.this != operation.skip, "other_linear": self.beside is not None,
+        }  # fmt: skip
+        self.merge = configuration(**values)
+        stride = self.beside.layer.stride[0] if self.beside is not None and self.multiplies else 1
+        tile = {"precision": last.precision, "blocks": choice.blocks, "other_stride": stride}
+        self.merged = configuration(**values, **last.geometry, **tile)
+        constant = CONSTANT_SPLITS.get(split, (1.0, 1.0))
+        self.weights = (constant[1], constant[0]) if operation.skip == 0 else constant
+        beside = "" if self.beside is None else ", for both branches" if self.multiplies else ", beside the library"
+        self.service = f"triton: {last.kernel}_conv{beside}" if self.fuses else "triton: library + merge"
+
+    def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
+        x, y = sources[self.this], sources[self.other]
+        beside, last = self.beside, self.last
+        weight = bias = other_limit = None
+        if beside is None or self.multiplies:
+            other = pack(y.to(self.dtype))
+        else:
+            other = beside.raw(y)
+            other_limit = beside.limit(other)
+        if beside is not None:
+            bias = beside.weights.bias
+        if beside is not None and self.multiplies:
+            weight, other_limit = beside.weights.forward, beside.product_limit(other)
+        if self.fuses:
+            x = pack(x.to(self.dtype))
+            limits = [last.product_limit(x), other_limit]
+            tensors = [x, last.weights.forward, last.weights.bias, other, bias, weight, *limits]
+            merged, *gates = launch(f"{last.kernel}_merged", tensors, self.merged)
+        else:
+            stacked = last.raw(x)
+            tensors = [stacked, last.weights.bias, last.limit(stacked), other, bias, other_limit]
+            merged, *gates = launch("merge", tensors, self.merge)
+        saved: list[Ends] = [(End(scale=weight),) for weight in self.weights]
+        saved[self.this] = gate_ends(gates[0], self.last.denominators)
+        if len(gates) > 1:
+            saved[self.other] = (End(gates[1]),) if beside is None else gate_ends(gates[1], beside.denominators)
+        return unpack(merged), [ends if weight else () for ends, weight in zip(saved, self.weights, strict=True)]
+
+    def ends(self, saved: object) -> Ends:
+        assert isinstance(saved, list)
+        return tuple(end for ends in saved for end in ends)
+
+    def left(self, outputs: list[Tensor], saved: object) -> Sequence[Any]:
+        assert isinstance(saved, list)
+        given = iter(outputs)
+        counts = [sum(2 if end.part == "guarded" else 1 for end in ends) for ends in saved]
+        return [[next(given) for _ in range(count)] or None for count in counts]
+
+    def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
+        raise NotImplementedError("what leaves a merge is at its branches already")
+
+    def send_settled(self, leaving: Sequence[Any], arrival: Arrival) -> list[Tensor] | None:
+        raise NotImplementedError("what leaves a merge is at its branches already")
