@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lrp_fast.heatmap import heat_quantize
 from lrp_fast.kernels import gate, heatmap, merge, pointwise_conv, pool, spatial_conv
-from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, Branch, Denominators, End
+from lrp_fast.kernels.common import CONSTANT_SPLITS, SPLITS, Arrival, Branch, Denominators, End
 from lrp_fast.kernels.pointwise_conv import Precision
 
 Pair = tuple[int, int]
@@ -216,10 +216,15 @@ def merged(
     results = [(own + value).relu(), gates_of(own, denominators, here, rule, limit)]
     if other.linear:
         results.append(gates_of(value, beside, there, rule, other.limit))
-    elif split not in CONSTANT_SPLITS:
+    elif kept(rule, split):
         assert isinstance(there, Tensor)
         results.append(there)
     return [result.to(stacked.dtype) for result in results]
+
+
+def kept(rule: Denominators, split: str) -> bool:
+    """Whether the weight of a plain branch is: without a zero-guard, it is found again."""
+    return rule.stabilizer == "guard" and split not in CONSTANT_SPLITS
 
 
 def weights_of(residual: Tensor, skip: Tensor, split: str) -> tuple[Tensor | float, Tensor | float]:
@@ -233,6 +238,14 @@ def weights_of(residual: Tensor, skip: Tensor, split: str) -> tuple[Tensor | flo
     magnitudes = residual.abs() + 1e-30, skip.abs() + 1e-30
     total = magnitudes[0] + magnitudes[1]
     return magnitudes[0] / total, magnitudes[1] / total
+
+
+def share(branch: Tensor, merged: Tensor, split: str) -> Tensor:
+    """The weight of one branch of a merge, from its value and that of both together."""
+    if split == "signed":
+        return branch / (merged + torch.where(merged < 0, -1e-6, 1e-6))
+    magnitudes = branch.abs() + 1e-30, (merged - branch).abs() + 1e-30
+    return magnitudes[0] / (magnitudes[0] + magnitudes[1])
 
 
 def settled(acc: Tensor | None, arrival: Arrival, like: Tensor) -> list[Tensor]:
@@ -252,6 +265,9 @@ def settled(acc: Tensor | None, arrival: Arrival, like: Tensor) -> list[Tensor]:
     results = []
     for end in arrival.ends:
         gate = end.scale if end.gate is None else end.gate
+        if end.gate is not None and end.part in SPLITS:
+            assert arrival.value is not None
+            gate = share(end.gate.float(), arrival.value.float(), end.part)
         if end.gate is not None and end.part == "guarded":
             results.append((total * end.gate.clamp(min=0)).to(like.dtype))
             results.append(
@@ -436,7 +452,7 @@ def build_merged(
     module: Any = pointwise_conv if shape.taps == 1 else spatial_conv
     run = partial(
         module.merged, x, weight, bias, other, rule, split, relu=True, is_residual=not linear, precision=precision,
-        **shape.arguments(), **limited,
+        keeps_weight=kept(rule, split), **shape.arguments(), **limited,
     )  # fmt: skip
 
     def eager() -> list[Tensor]:
@@ -457,7 +473,7 @@ def build_merged(
 
 def written_by_merge(rule: Denominators, split: str, linear: bool) -> int:
     """Tensors of the merge's size that are written: what is merged, gates, and the other branch's gates or weight."""
-    return 1 + rule.groups + (rule.groups if linear else split not in CONSTANT_SPLITS)
+    return 1 + rule.groups + (rule.groups if linear else kept(rule, split))
 
 
 def build_merge(
@@ -468,7 +484,9 @@ def build_merge(
     make, rising = Maker(device, dtype), split == "signed"
     branch = other_branch(make, batch, size, channels, rule, True, rising)
     other = other_branch(make, batch, size, channels, rule, linear, rising)
-    run = partial(merge.merge, branch, other, rule, split, relu=True, is_residual=True)
+    run = partial(
+        merge.merge, branch, other, rule, split, relu=True, is_residual=True, keeps_weight=kept(rule, split)
+    )  # fmt: skip
     return Prepared(
         lambda: [result for result in run() if result is not None],
         lambda: merged(branch.tensor, branch.bias, other, rule, split, True, branch.limit),
@@ -482,7 +500,10 @@ def build_merge(
 
 @dataclass(frozen=True)
 class Arriving:
-    """Which parts an :class:`Arrival` has, and the groups of each end's gate, 0 for none; ``guard``: the first is guarded."""
+    """Which parts an :class:`Arrival` has, and the groups of each end's gate, 0 for none.
+
+    ``guard``: the first is guarded. ``split``: the last is a plain branch under it, whose weight is found again.
+    """
 
     ends: tuple[int, ...] = (1,)
     value: bool = False
@@ -490,6 +511,7 @@ class Arriving:
     dense: bool = False
     even: bool = False
     guard: bool = False
+    split: str = ""
 
     def arrival(self, make: Maker, batch: int, size: int, channels: int) -> Arrival:
         """For relevance of N × size × size × channels."""
@@ -499,6 +521,8 @@ class Arriving:
         )
         if self.guard:
             ends = (End(make.normal(*plane, channels), part="guarded"), *ends[1:])
+        if self.split:
+            ends = (*ends[:-1], replace(ends[-1], part=self.split))
         step = self.previous_stride
         small = 0 if step == 0 else (size - 1) // step + 1
         return Arrival(
@@ -818,11 +842,11 @@ def backward_cases(found: Collected, stage: Stage) -> None:
     )  # fmt: skip
     for count, at in ((1, before), (stage.blocks - 1, size)):
         found.add("merge.arrive", count, build_arrive, f"{at}² {width}", size=at, channels=width, arriving=Arriving())
-    merging = Arriving((1, 1), value=True, dense=True)
-    add(
-        stage.blocks - 1, build_pointwise_backward, f"{size}² {width}→{outputs}, merge",
-        size=size, inner=width, channels=outputs, arriving=merging,
-    )  # fmt: skip
+    for count, what, split in ((stage.blocks - 2, "merge", "ratio"), (1, "merge of two layers", "")):
+        add(
+            count, build_pointwise_backward, f"{size}² {width}→{outputs}, {what}",
+            size=size, inner=width, channels=outputs, arriving=Arriving((1, 1), value=True, dense=True, split=split),
+        )  # fmt: skip
     if stage.stride == 1:
         add(
             1, build_pointwise_backward, f"{size}² {width}+{outputs}→{stage.inputs}",
@@ -836,7 +860,7 @@ def backward_cases(found: Collected, stage: Stage) -> None:
     add(
         1, build_pointwise_backward, f"{before}² {width}→{stage.inputs}, merge of stride 2",
         size=before, inner=width, channels=stage.inputs,
-        arriving=Arriving((1, 1), value=True, previous_stride=stage.stride),
+        arriving=Arriving((1, 1), value=True, previous_stride=stage.stride, split="ratio"),
     )  # fmt: skip
 
 
@@ -854,7 +878,7 @@ def end_cases(found: Collected, side: int, first: Stage, last: Stage) -> None:
     )  # fmt: skip
     found.add(
         "pool.block_backward", 1, build_block_backward, f"{last.size}² {last.outputs}, global average",
-        size=last.size, channels=last.outputs, stride=last.size, arriving=Arriving((1, 1), value=True),
+        size=last.size, channels=last.outputs, stride=last.size, arriving=Arriving((1, 1), value=True, split="ratio"),
     )  # fmt: skip
     found.add(
         "pool.block_backward", 1, build_block_backward, f"{stem}² {width}, max-pool",
@@ -887,7 +911,7 @@ def basic_cases(found: Collected, stage: Stage) -> None:
     for linear in (False, True):
         what = f"{size}² {width}→{width}{', projection' if linear else ''}"
         found.add("spatial_conv.merged", 0, build_merged, what, shape=shape, linear=linear)
-    merging = Arriving((1, 1), value=True, dense=True)
+    merging = Arriving((1, 1), value=True, dense=True, split="ratio")
     what = f"{size}² {width}→{width} stride 1, merge"
     found.add("spatial_conv.backward", 0, build_spatial_backward, what, shape=shape, arriving=merging)
     found.add("merge.arrive", 0, build_arrive, f"{size}² {width}, merge", size=size, channels=width, arriving=merging)
@@ -945,7 +969,7 @@ def two_gate_cases(found: Collected, stage: Stage) -> None:
     )  # fmt: skip
     found.add(
         "pointwise_conv.backward", 0, build_pointwise_backward, f"{size}² 2·{width}→{outputs}, αβ, merge",
-        size=size, inner=2 * width, channels=outputs, arriving=Arriving((2, 1), value=True, dense=True),
+        size=size, inner=2 * width, channels=outputs, arriving=Arriving((2, 1), value=True, dense=True, split="signed"),
     )  # fmt: skip
     found.add(
         "spatial_conv.backward", 0, build_spatial_backward, f"{size}² 2·{width}→{width}, αβ",

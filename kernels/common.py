@@ -89,12 +89,15 @@ class End:
 
     ``part``: of a zero-guarded gate, coded by sign, what is ``"alive"`` or what is ``"dead"``: ``R · gate⁺`` or ``R · gate⁻``;
     or ``"guarded"``: what is alive, and beside it what is dead summed over every eight channels, rows × ⌈C / 8⌉ float32.
+    ``"ratio"``, ``"signed"``: relevance is that of a merge, ``gate`` the value S of one of its branches, and what leaves is
+    ``R`` times the branch's weight under that split. The other branch is F = h − S, where the merge's output h, the
+    ``value`` of the arrival, is not cut off by its ReLU; where it is, R must be zero.
     """
 
     gate: Tensor | None = None
     groups: int = 1
     scale: float = 1.0
-    part: Literal["whole", "alive", "dead", "guarded"] = "whole"
+    part: Literal["whole", "alive", "dead", "guarded", "ratio", "signed"] = "whole"
 
     def outputs(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         """What there is to write to for relevance of ``shape`` (…, C), in the dtype of ``like``: one tensor, guarded two."""
@@ -119,6 +122,16 @@ class Branch:
     limit: Tensor | None = None
     weight: Tensor | None = None
     stride: int = 1
+
+
+def merge_outputs(
+    like: Tensor, shape: tuple[int, ...], denominators: Denominators, split: str, other: Branch, keeps_weight: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a merge of ``shape`` (…, C) writes: its value, the linear branch's gates, the other's gates, weight or nothing."""
+    gates = (*shape[:-1], shape[-1] * denominators.groups)
+    weighs = keeps_weight and split not in CONSTANT_SPLITS
+    end = like.new_empty(gates) if other.linear else like.new_empty(shape) if weighs else None
+    return like.new_empty(shape), like.new_empty(gates), end
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,8 @@ class Arrival:
 
     def arguments(self, rows: int, height: int = 1, width: int = 1) -> dict[str, Any]:
         """The keyword arguments of a kernel that calls :func:`settle`, for ``rows`` rows of relevance."""
+        if self.value is None and any(end.part in ("ratio", "signed") for end in self.ends):
+            raise ValueError("got an end under a split and no value, and expected the merge's")
         ends = [*self.ends, End()][:2]
         outputs = [*self.written, self.written[0]][:2]
         known = [x for x in (self.value, *(end.gate for end in self.ends)) if x is not None]
@@ -321,6 +336,16 @@ def split_weights(residual, skip, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def share(branch, merged, SPLIT: tl.constexpr):
+    """The weight of one branch of a merge, as :func:`split_weights` has it, from its value and that of both together."""
+    if SPLIT == "ratio":
+        magnitude = tl.abs(branch) + 1e-30
+        return magnitude / (tl.abs(merged - branch) + 1e-30 + magnitude)
+    else:
+        return branch / tl.where(merged < 0, merged - 1e-6, merged + 1e-6)
+
+
+@triton.jit
 def load_stack(
     stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
@@ -342,13 +367,14 @@ def store_merge(
     epsilon, limit, other_limit, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr,
     SPLIT: tl.constexpr, RELU: tl.constexpr, IS_RESIDUAL: tl.constexpr, OTHER_LINEAR: tl.constexpr,
+    HAS_OTHER_END: tl.constexpr,
 ):  # fmt: skip
     """A tile where two branches meet: write ``h = ReLU(this + other)`` and how relevance leaves for both.
 
     ``first``, ``second``: the stacked outputs of this branch's last, linear layer; ``IS_RESIDUAL``: it is the residual
     branch and not the skip. Its gates get the weight of the split in the numerator. The other branch is linear too
-    (gates are written to ``other_ptr``) or a plain value ``other_first`` (its weight is written there, unless the split
-    is constant).
+    (gates are written to ``other_ptr``) or a plain value ``other_first`` (its weight is written there, with
+    ``HAS_OTHER_END``).
     """
     own = own_output(first, second, KIND)
     other = other_first
@@ -366,13 +392,13 @@ def store_merge(
             other_ptr, other_first, other_second, other_weight, rows, columns, inside, C,
             epsilon, other_limit, gamma, KIND, STABILIZER,
         )  # fmt: skip
-    elif SPLIT == "ratio" or SPLIT == "signed":
+    elif HAS_OTHER_END:
         tl.store(other_ptr + rows * C + columns, other_weight, mask=inside)
 
 
 @triton.jit
 def store_end(
-    out_ptr, dead_ptr, gate_ptr, relevance, rows, gate_rows, columns, inside, C, scale,
+    out_ptr, dead_ptr, gate_ptr, relevance, value, rows, gate_rows, columns, inside, C, scale,
     GATE: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     if GATE:
@@ -386,6 +412,8 @@ def store_end(
                 gate = tl.maximum(gate, 0.0)
             elif PART == "dead":
                 gate = tl.maximum(-gate, 0.0)
+            elif PART == "ratio" or PART == "signed":
+                gate = share(gate, value, PART)
             tl.store(out_ptr + rows * (GROUPS * C) + group * C + columns, relevance * gate, mask=inside)
     else:
         tl.store(out_ptr + rows * C + columns, relevance * scale, mask=inside)
@@ -429,28 +457,20 @@ def settle(
             small = ((n * small_height + y // PREVIOUS_STRIDE) * small_width + x // PREVIOUS_STRIDE).to(tl.int64)
             there = inside & (y % PREVIOUS_STRIDE == 0) & (x % PREVIOUS_STRIDE == 0)
             acc += tl.load(previous_ptr + small * C + columns, mask=there, other=0.0).to(tl.float32)
+    value = acc
     if HAS_VALUE:
-        acc *= tl.load(value_ptr + of_image * C + columns, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(value_ptr + of_image * C + columns, mask=inside, other=0.0).to(tl.float32)
+        acc *= value
     if HAS_DENSE:
         acc += tl.load(dense_ptr + rows * C + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_EVEN:
         acc += tl.load(even_ptr + rows, mask=inside, other=0.0).to(tl.float32)
     store_end(
-        out_a_ptr, dead_a_ptr, gate_a_ptr, acc, rows, of_image, columns, inside, C, scale_a, GATE_A, GROUPS_A, PART_A
-    )
+        out_a_ptr, dead_a_ptr, gate_a_ptr, acc, value, rows, of_image, columns, inside, C, scale_a,
+        GATE_A, GROUPS_A, PART_A,
+    )  # fmt: skip
     if END_B:
         store_end(
-            out_b_ptr,
-            dead_b_ptr,
-            gate_b_ptr,
-            acc,
-            rows,
-            of_image,
-            columns,
-            inside,
-            C,
-            scale_b,
-            GATE_B,
-            GROUPS_B,
-            PART_B,
-        )
+            out_b_ptr, dead_b_ptr, gate_b_ptr, acc, value, rows, of_image, columns, inside, C, scale_b,
+            GATE_B, GROUPS_B, PART_B,
+        )  # fmt: skip

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    CONSTANT_SPLITS,
     OPTIONS,
     SPLITS,
     Arrival,
@@ -23,6 +22,7 @@ from .common import (
     check_two_stacks,
     divisible,
     load_stack,
+    merge_outputs,
     settle,
     store_merge,
     tile,
@@ -36,7 +36,7 @@ def _merge_kernel(
     row_count, rows_per_image, C, epsilon, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr, RELU: tl.constexpr, IS_RESIDUAL: tl.constexpr,
-    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, EIGHTH: tl.constexpr,
+    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, HAS_OTHER_END: tl.constexpr, EIGHTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
@@ -57,7 +57,7 @@ def _merge_kernel(
             other_limit = tl.load(branch_limit_ptr + image, mask=rows < row_count, other=0.0)
     store_merge(
         first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
-        epsilon, limit, other_limit, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
+        epsilon, limit, other_limit, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR, HAS_OTHER_END,
     )  # fmt: skip
 
 
@@ -89,11 +89,12 @@ def _arrive_kernel(
 
 def merge(
     branch: Branch, other: Branch, denominators: Denominators, split: str, *, relu: bool, is_residual: bool,
-    block: tuple[int, int] | None = None, num_warps: int = 4,
+    keeps_weight: bool = True, block: tuple[int, int] | None = None, num_warps: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Merged (…, C), the gates (…, G · C) of ``branch``, which is linear, and how relevance leaves for the ``other``.
 
-    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant.
+    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant or the weight
+    is not kept: an :class:`~lrp_fast.kernels.common.End` of part "ratio" or "signed" finds it again.
     ``is_residual``: ``branch`` is the residual one. Both have the same denominators and, under a zero-guard, limits of
     their own. Tensors (N, …, S · C) or (N, …, C), contiguous. ValueError for a ``branch`` that is not linear, or three stacks.
     """
@@ -105,13 +106,9 @@ def merge(
     stacked = branch.tensor
     channels = stacked.shape[-1] // denominators.stacks
     rows = stacked.numel() // stacked.shape[-1]
-    merged = stacked.new_empty(*stacked.shape[:-1], channels)
-    gates = stacked.new_empty(*stacked.shape[:-1], channels * denominators.groups)
-    other_end = None
-    if other.linear:
-        other_end = gates.new_empty(gates.shape)
-    elif split not in CONSTANT_SPLITS:
-        other_end = merged.new_empty(merged.shape)
+    merged, gates, other_end = merge_outputs(
+        stacked, (*stacked.shape[:-1], channels), denominators, split, other, keeps_weight
+    )
     block = block or tile(channels)
     grid = (cdiv(rows, block[0]) * cdiv(channels, block[1]),)
     _merge_kernel[grid](
@@ -120,7 +117,8 @@ def merge(
         merged, gates, gates if other_end is None else other_end, rows, rows // stacked.shape[0], channels,
         **denominators.arguments(), STACKS=denominators.stacks, HAS_BIAS=branch.bias is not None,
         SPLIT=split, RELU=relu, IS_RESIDUAL=is_residual,
-        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None, EIGHTH=channels % 8 == 0,
+        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None,
+        HAS_OTHER_END=other_end is not None, EIGHTH=channels % 8 == 0,
         BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1], num_warps=num_warps, **OPTIONS,
     )  # fmt: skip
     return merged, gates, other_end

@@ -31,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    CONSTANT_SPLITS,
     OPTIONS,
     Arrival,
     Branch,
@@ -40,6 +39,7 @@ from .common import (
     check_one_denominator,
     check_two_stacks,
     load_stack,
+    merge_outputs,
     next_power_of_2,
     own_output,
     settle,
@@ -285,7 +285,8 @@ def _merged_kernel(
     row_count, height, width, out_height, out_width, branch_height, branch_width, C, K, BRANCH_K, epsilon, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     STRIDE: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr, IS_RESIDUAL: tl.constexpr,
-    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, OTHER_PRODUCT: tl.constexpr, BRANCH_STRIDE: tl.constexpr,
+    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, HAS_OTHER_END: tl.constexpr,
+    OTHER_PRODUCT: tl.constexpr, BRANCH_STRIDE: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_BRANCH_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -323,6 +324,7 @@ def _merged_kernel(
         store_merge(
             first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
             epsilon, limit, branch_limit, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
+            HAS_OTHER_END,
         )  # fmt: skip
 
 
@@ -393,24 +395,19 @@ def gated(
 
 def merged(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Branch, denominators: Denominators, split: str, *,
-    stride: int = 1, relu: bool, is_residual: bool, limit: Tensor | None = None, precision: Precision = "ieee",
-    blocks: Blocks | None = None,
+    stride: int = 1, relu: bool, is_residual: bool, limit: Tensor | None = None, keeps_weight: bool = True,
+    precision: Precision = "ieee", blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
 
-    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant. With a
-    weight of the other's its last layer is multiplied here too, and its stacked output is never written, nor rounded.
+    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant or the weight
+    is not kept (see ``merge.merge``). With a weight of the other's its last layer is multiplied here too, and its
+    stacked output is never written, nor rounded.
     """
     blocks, shape, arguments = _forward(
         x, weight, denominators, stride, precision, blocks, held(denominators, other.linear, other.weight is not None)
     )
-    result = x.new_empty(*shape)
-    gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)
-    other_end = None
-    if other.linear:
-        other_end = gates.new_empty(gates.shape)
-    elif split not in CONSTANT_SPLITS:
-        other_end = result.new_empty(result.shape)
+    result, gates, other_end = merge_outputs(x, shape, denominators, split, other, keeps_weight)
     _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
         x, weight, x if bias is None else bias, x if limit is None else limit,
         other.tensor, weight if other.weight is None else other.weight, x if other.bias is None else other.bias,
@@ -418,7 +415,7 @@ def merged(
         result, gates, gates if other_end is None else other_end, **arguments,
         branch_height=other.tensor.shape[1], branch_width=other.tensor.shape[2], BRANCH_K=other.tensor.shape[3],
         HAS_BIAS=bias is not None, RELU=relu, SPLIT=split, IS_RESIDUAL=is_residual,
-        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None,
+        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None, HAS_OTHER_END=other_end is not None,
         OTHER_PRODUCT=other.weight is not None, BRANCH_STRIDE=other.stride,
         EVEN_BRANCH_K=other.tensor.shape[3] % blocks.inner == 0,
         num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,

@@ -31,7 +31,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    CONSTANT_SPLITS,
     OPTIONS,
     Arrival,
     Branch,
@@ -39,6 +38,7 @@ from .common import (
     cdiv,
     check_two_stacks,
     load_stack,
+    merge_outputs,
     next_power_of_2,
     own_output,
     settle,
@@ -183,7 +183,8 @@ def _merged_kernel(
     PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
     KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr, SPLIT: tl.constexpr, IS_RESIDUAL: tl.constexpr,
-    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, HAS_OTHER_END: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     rows, columns, inside, first, second = convolved(
@@ -197,6 +198,7 @@ def _merged_kernel(
     store_merge(
         first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
         epsilon, 0.0, 0.0, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
+        HAS_OTHER_END,
     )  # fmt: skip
 
 
@@ -226,11 +228,12 @@ def gated(
 def merged(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Branch, denominators: Denominators, split: str, *,
     stride: Pair, padding: Pair, dilation: Pair = (1, 1), groups: int = 1, relu: bool, is_residual: bool,
-    precision: Precision = "ieee", blocks: Blocks | None = None,
+    keeps_weight: bool = True, precision: Precision = "ieee", blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
 
-    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant.
+    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant or the weight
+    is not kept (see ``merge.merge``).
     x, weight and bias as for :func:`gated`; ValueError for a zero-guard, narrow groups, or another layer to multiply.
     """
     if other.weight is not None:
@@ -242,18 +245,12 @@ def merged(
     blocks, shape, arguments = _forward(
         x, weight, denominators, stride, padding, dilation, groups, tiles, precision, blocks
     )
-    result = x.new_empty(*shape)
-    gates = x.new_empty(*shape[:-1], shape[-1] * denominators.groups)
-    other_end = None
-    if other.linear:
-        other_end = gates.new_empty(gates.shape)
-    elif split not in CONSTANT_SPLITS:
-        other_end = result.new_empty(result.shape)
+    result, gates, other_end = merge_outputs(x, shape, denominators, split, other, keeps_weight)
     _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1], groups)](
         x, weight, x if bias is None else bias, other.tensor, x if other.bias is None else other.bias,
         result, gates, gates if other_end is None else other_end, **arguments,
         HAS_BIAS=bias is not None, RELU=relu, SPLIT=split, IS_RESIDUAL=is_residual,
-        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None,
+        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None, HAS_OTHER_END=other_end is not None,
         num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
     )  # fmt: skip
     return result, gates, other_end

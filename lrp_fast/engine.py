@@ -9,6 +9,7 @@ from a merge, with the split's weight in the numerator; or whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -317,14 +318,18 @@ def _units(plan: Plan, operations: Sequence[Operation], observed: frozenset[int]
         place[index] = place[output] = len(units)
         units.append(Unit(index, output, tuple(place[source] for source in step.inputs), relu, "one", False))
         behind.append(readers[output])
-    return [
-        _decide(unit, behind[position], operations, plan, bool({unit.step, unit.output} & observed))
-        for position, unit in enumerate(units)
-    ]
+    decided: dict[int, Unit] = {}
+    for position in reversed(range(len(units))):
+        unit = units[position]
+        readers_of_it = {reader: decided[place[reader]] for reader in behind[position]}
+        decided[position] = _decide(unit, readers_of_it, operations, plan, bool({unit.step, unit.output} & observed))
+    return [decided[position] for position in range(len(units))]
 
 
-def _decide(unit: Unit, readers: Sequence[int], operations: Sequence[Operation], plan: Plan, observed: bool) -> Unit:
-    """How relevance reaches a unit, from who reads it."""
+def _decide(
+    unit: Unit, readers: Mapping[int, Unit], operations: Sequence[Operation], plan: Plan, observed: bool
+) -> Unit:
+    """How relevance reaches a unit, from the steps that read it and the units they are part of."""
     reading = [operations[reader] for reader in readers]
     factored = [
         isinstance(operation, (LinearOperation, ProportionalPool)) and operation.factored for operation in reading
@@ -344,4 +349,11 @@ def _decide(unit: Unit, readers: Sequence[int], operations: Sequence[Operation],
         factor or isinstance(operation, (LinearOperation, ProportionalPool))
         for factor, operation in zip(factored, reading, strict=True)
     )
-    return Unit(unit.step, unit.output, unit.inputs, unit.relu, numerator, multiplies and numerator != "value")
+    vanishing = [
+        not more or (isinstance(operation, MergeOperation) and operation.proportional and reader.vanishes)
+        for more, operation, reader in zip(dense, reading, readers.values(), strict=True)
+    ]
+    return replace(
+        unit, numerator=numerator, keep=multiplies and numerator != "value",
+        vanishes=all(vanishing) and bool(readers) and unit.output != plan.output,
+    )  # fmt: skip

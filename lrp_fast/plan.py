@@ -63,7 +63,7 @@ class Unit:
 
     ``numerator``: what the gates of a linear unit are over: its own output (relevance arrives as ``acc``), the weight of
     the merge behind it (the merge's relevance arrives), or one (its own relevance arrives). ``keep``: its output is needed
-    again in the backward pass.
+    again in the backward pass. ``vanishes``: where its output is zero, so is its relevance.
     """
 
     step: int
@@ -72,6 +72,7 @@ class Unit:
     relu: bool
     numerator: Numerator
     keep: bool
+    vanishes: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Split:
     """A named way to weigh the branches of a merge.
 
     ``weights(F, S)`` gives ``(ρ_F, ρ_S)``, tensors shaped like F in F's dtype, or numbers. ``symmetric``: exchanging F
-    and S exchanges the weights. ``complementary``: ρ_S = 1 − ρ_F, so nothing is lost.
+    and S exchanges the weights. ``complementary``: ρ_S = 1 − ρ_F, so nothing is lost. ``proportional``: where one branch
+    is zero and the other is not, the one gets nothing.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Split:
     symmetric: bool
     complementary: bool
     weights: Callable[[Tensor, Tensor], tuple[Tensor | float, Tensor | float]]
+    proportional: bool = False
 
 
 def _ratio(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,10 +49,10 @@ def _signed(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
 SIGNED_STABILIZER = Stabilizer(1e-6)
 
 _SPLITS = (
-    Split("ratio", "|F| / (|F|+|S|), and 1/2 where both are 0: the paper's", True, True, _ratio),
+    Split("ratio", "|F| / (|F|+|S|), and 1/2 where both are 0: the paper's", True, True, _ratio, True),
     Split("symmetric", "one half each", True, True, lambda residual, skip: (0.5, 0.5)),
     Split("residual-only", "everything to the residual branch", False, True, lambda residual, skip: (1.0, 0.0)),
-    Split("signed", "F / stab(F+S), as zennit's Norm", True, False, _signed),
+    Split("signed", "F / stab(F+S), as zennit's Norm", True, False, _signed, True),
 )
 _BY_NAME = {split.name: split for split in _SPLITS}
 

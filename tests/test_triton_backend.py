@@ -23,6 +23,7 @@ from lrp_fast import LRP, Composite, Splits, heat_quantize, list_composites
 from lrp_fast.backends.triton import choice as choice_module
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
 from lrp_fast.backends.triton.launch import OPERATORS, Operator
+from lrp_fast.backends.triton.merges import FusedMerge
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.rules import AlphaBeta, Flat, Gamma, Rule, WSquare, ZBox, ZPlus
 from networks import CifarResNet, calibrated, relative_error
@@ -206,6 +207,36 @@ def test_a_projection_and_the_branch_it_meets_are_one_kernel(
     )
     assert beside in table["layer3.0.add"]
     assert "triton: in its merge / pointwise_conv" in table["layer1.0.branch.6"]
+
+
+class PooledResNet(SmallResNet):
+    """A max-pool reads the last merge."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(self.maxpool(F.relu(self.bn1(self.conv1(x)))))
+        return self.fc(F.max_pool2d(self.layer3(self.layer2(x)), 2).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("composite", "split", "found"),
+    [
+        ("otsuki2024", "ratio", 2),
+        ("otsuki2024", "signed", 2),
+        ("otsuki2024", "symmetric", 0),
+        ("conserving", "ratio", 0),
+        ("epsilon_plus", "signed", 1),
+    ],
+)
+def test_weights_of_identity_skips_are_found_again(images: Tensor, composite: str, split: str, found: int) -> None:
+    """But where relevance may reach what a ReLU has cut off: by a zero-guard, or a pool that hands it to a winner."""
+    model = calibrated(PooledResNet(), 5, (8, 3, 25, 27)).to(DEVICE)
+    explainer = LRP(model, composite, backend="triton", split=split)
+    program = explainer._program(images, frozenset(), False).program
+    merges = [passes for passes in program.passes if isinstance(passes, FusedMerge)]
+    assert len(merges) == 5
+    assert sum(merge.again is not None for merge in merges) == found
+    error, _ = compared(model, images, composite, split=split)
+    assert error <= (1e-3 if split == "signed" else bound(composite))
 
 
 @pytest.mark.parametrize("composite", ["otsuki2024", "epsilon_gamma_box"])

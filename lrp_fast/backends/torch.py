@@ -856,6 +856,7 @@ class MergeOperation:
     def __init__(self, layer: Merge, split: Split, zeros: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         self.skip, self.split, self.dtype = layer.skip, split, dtype
         self.zeros = zeros if split.complementary else (None, None)
+        self.proportional = split.proportional and all(zeros is None for zeros in self.zeros)
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, list[Tensor | float]]:
         """The sum and the weights of both branches, in float32."""

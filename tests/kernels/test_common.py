@@ -6,6 +6,7 @@ Definitions here are in float64 and written from the equations, one group, one s
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -169,7 +170,10 @@ def settled(acc: Tensor | None, arrival: Arrival, shape: tuple[int, ...]) -> lis
         if end.part == "guarded":
             results += [total * gates.clamp(min=0), summed_by_eight(total * (-gates).clamp(min=0))]
             continue
-        if end.part != "whole":
+        if end.part in SPLITS:
+            assert arrival.value is not None
+            gates, _ = defined_split(gates, of_maps(arrival.value) - gates, end.part)
+        elif end.part != "whole":
             gates = (gates if end.part == "alive" else -gates).clamp(min=0)
         results.append(torch.cat([total * one for one in gates.chunk(end.groups, -1)], -1))
     return results
@@ -292,6 +296,8 @@ def arrivals() -> dict[str, Arrival]:
         "groups": Arrival((End(pair, groups=2), End(one)), value=value),
         "two of two groups": Arrival((End(pair, 2), End(pair.flip(-1), 2)), even=normal(*SHAPE[:-1])),
         "one map": Arrival((End(normal(*SHAPE)),), value=normal(*SHAPE)),
+        "ratio": Arrival((End(one), End(other, part="ratio")), value=value, dense=normal(*SHAPE)),
+        "signed": Arrival((End(pair, 2), End(other, part="signed")), value=value.abs() + 1),
     }
 
 
@@ -299,6 +305,27 @@ def arrivals() -> dict[str, Arrival]:
 def test_relevance_is_totalled_and_sent_on(case: str) -> None:
     arrival, acc = arrivals()[case], normal(*SHAPE)
     agree_all(arrive(acc, arrival, block=SMALL), settled(acc, arrival, SHAPE), 1e-5)
+
+
+@pytest.mark.parametrize("is_residual", [True, False])
+@pytest.mark.parametrize("split", ["ratio", "signed"])
+def test_a_weight_is_found_again_from_what_met(split: Any, is_residual: bool) -> None:
+    own, plain, acc = normal(2, 3, 5, 24), normal(2, 3, 5, 24), normal(2, 3, 5, 24)
+    plain = torch.where((own + plain).abs() < 0.3, -own, plain)  # exact zeros, and nothing near them
+    meet = partial(
+        merge, Branch(own, True), Branch(plain), OWN, split, relu=True, is_residual=is_residual, block=SMALL
+    )  # fmt: skip
+    merged, gates, weight = meet()
+    same, same_gates, none = meet(keeps_weight=False)
+    assert none is None
+    assert torch.equal(merged, same)
+    assert torch.equal(gates, same_gates)
+    (kept,) = arrive(acc, Arrival((End(weight),), value=merged))
+    (found,) = arrive(acc, Arrival((End(plain, part=split),), value=merged))
+    assert found[merged == 0].abs().max() == 0
+    agree(found, kept, 1e-5)
+    with pytest.raises(ValueError, match="and no value"):
+        arrive(acc, Arrival((End(plain, part=split),)))
 
 
 @pytest.mark.parametrize("channels", [3, 8, 13, 40])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -186,10 +188,11 @@ def check_merged(
         if split == "signed":  # away from the pole at a sum of zero
             value = torch.where(own < 0, -value.abs() - 0.1, value.abs() + 0.1)
         branch, other, other_shares = Branch(value), value.double(), []
-    result, gates, other_end = merged(
-        x, weight, given, branch, denominators, split, stride=stride, relu=relu, is_residual=is_residual,
+    meet = partial(
+        merged, x, weight, given, branch, denominators, split, stride=stride, relu=relu, is_residual=is_residual,
         precision=precision, blocks=blocks,
     )  # fmt: skip
+    result, gates, other_end = meet()
     total = own + other
     if is_residual:
         share, other_share = weights_of(own, other, split)
@@ -202,6 +205,7 @@ def check_merged(
         agree(other_end, torch.cat([other_share * s for s in other_shares], -1), bound)
     elif split in ("ratio", "signed"):
         agree(other_end, other_share, bound)
+        assert meet(keeps_weight=False)[2] is None
     else:
         assert other_end is None
 
@@ -370,7 +374,10 @@ def settled(acc: Tensor, arrival: Arrival) -> list[Tensor]:
             dead = total * (-gate).clamp(min=0)
             leaving += [total * gate.clamp(min=0), torch.stack([part.sum(-1) for part in dead.split(8, -1)], -1)]
             continue
-        gate = {"whole": gate, "alive": gate.clamp(min=0), "dead": (-gate).clamp(min=0)}[end.part]
+        if end.part == "ratio":
+            gate = gate.abs() / (gate.abs() + (of_maps(arrival.value) - gate).abs())
+        else:
+            gate = {"whole": gate, "alive": gate.clamp(min=0), "dead": (-gate).clamp(min=0)}[end.part]
         leaving.append(total.repeat(1, 1, 1, end.groups) * gate)
     return leaving
 
@@ -431,6 +438,13 @@ def test_backward_through_zero_guards(channels: int, blocks: Blocks | None) -> N
     ends = End(gates[0], part="guarded"), End(gates[1], part="guarded")
     arrival = Arrival(ends, value=normal(2, 3, 5, channels), even=normal(4, 3, 5))
     check_backward((4, 3, 5, 40), channels, arrival, blocks=blocks)
+
+
+def test_backward_through_a_merge_whose_weight_is_found_again() -> None:
+    gate, plain, value = (normal(2, 3, 5, 40) for _ in range(3))
+    arrival = Arrival((End(gate), End(plain, part="ratio")), value=value, dense=normal(4, 3, 5, 40))
+    for blocks in (SMALL, None):
+        check_backward((4, 3, 5, 24), 40, arrival, blocks=blocks)
 
 
 @pytest.mark.parametrize(("inner", "second"), [(40, 16), (32, 40)])

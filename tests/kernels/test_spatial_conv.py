@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -182,10 +183,11 @@ def check_merged(
     tensor = torch.cat(raw, -1).to(dtype)
     other_bias = torch.cat([torch.rand(shape[1]) * (-0.3 if k and denominators.kind == "signs" else 0.3)
                             for k in range(len(raw))]).to(DEVICE) if linear and biased else None  # fmt: skip
-    result, got, other_end = merged(
-        x, weight, bias, Branch(tensor, linear, other_bias), denominators, split,
+    meet = partial(
+        merged, x, weight, bias, Branch(tensor, linear, other_bias), denominators, split,
         relu=relu, is_residual=is_residual, **where, **options,
     )  # fmt: skip
+    result, got, other_end = meet()
     arrived = [*tensor.double().chunk(len(raw), -1)]
     if other_bias is not None:
         arrived = [a + b for a, b in zip(arrived, other_bias.double().chunk(len(raw)), strict=True)]
@@ -211,6 +213,7 @@ def check_merged(
     elif split in ("ratio", "signed"):
         assert other_end is not None
         assert close(other_end, weights[1], dtype)
+        assert meet(keeps_weight=False)[2] is None
     else:
         assert other_end is None
 
@@ -316,7 +319,7 @@ def test_backward_arrives_beside_everything_else(name: str, previous_stride: int
     dense = torch.randn(4, height, width, channels, device=DEVICE)
     even = torch.randn(4, height, width, device=DEVICE)
     gate = torch.randn(2, height, width, 2 * channels, device=DEVICE)
-    ends = (End(gate, 2, part=part), End(scale=0.5))  # type: ignore[arg-type]
+    ends = (End(gate, 2, part=part), End(value - 1, part="ratio"))  # type: ignore[arg-type]
     arrival = Arrival(ends, value, previous, previous_stride, dense, even)
     out = backward(s, pack_backward(weight), arrival, height=height, width=width, blocks=SMALL, **geometry(shape))
     acc = transposed(s, weight, shape, 1)
@@ -324,7 +327,8 @@ def test_backward_arrives_beside_everything_else(name: str, previous_stride: int
     relevance = acc * value.double().repeat(2, 1, 1, 1) + dense.double() + even.double()[..., None]
     parts = {"whole": gate, "alive": gate.clamp(min=0), "dead": (-gate).clamp(min=0)}
     assert close(out[0], relevance.repeat(1, 1, 1, 2) * parts[part].double().repeat(2, 1, 1, 1))
-    assert close(out[1], relevance * 0.5)
+    share = (1 - value.double()) / (2 - value.double())  # value < 1, of which the other branch is 1
+    assert close(out[1], relevance * share.repeat(2, 1, 1, 1))
 
 
 def test_pack_backward_is_the_transpose() -> None:

@@ -248,7 +248,7 @@ def _serve_merge(
         if len(linears) > 1 and not all(branch.pointwise for branch in linears):
             return ROUNDED
         choice = _fused(choice)
-    return FusedMerge(operation, unit.relu, branches, shape, choice)
+    return FusedMerge(operation, unit.relu, branches, shape, choice, unit.vanishes and unit.keep)
 
 
 def merge_task(linears: Sequence[FusedLinear], batch: int) -> Task:

@@ -145,7 +145,8 @@ def _merged_like(like: Tensor, shape: Sequence[int], stacked: int, values: Value
     merged, gates = _gated_like(like, shape, stacked, values)
     if values["other_linear"]:
         return [merged, gates, torch.empty_like(gates)]
-    return [merged, gates] if values["split"] in CONSTANT_SPLITS else [merged, gates, torch.empty_like(merged)]
+    weighs = values["keeps_weight"] and values["split"] not in CONSTANT_SPLITS
+    return [merged, gates, torch.empty_like(merged)] if weighs else [merged, gates]
 
 
 def _given(results: Sequence[Tensor | None]) -> list[Tensor]:

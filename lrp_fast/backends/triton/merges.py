@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -22,12 +23,13 @@ class FusedMerge(TritonPasses):
 
     ``branches``: each branch's last layer, where that is linear and the merge alone reads it. ``choice``: that layer's
     kernel with the merge in its epilogue, which multiplies for both branches where both end in 1×1 convolutions; or the
-    library's convolutions, the merge behind them.
+    library's convolutions, the merge behind them. ``vanishes``: where the merge's output is zero, so is its relevance; then
+    a plain branch's weight is not kept, but found again backward from that output and the branch's, which are kept anyway.
     """
 
     def __init__(
         self, operation: MergeOperation, relu: bool, branches: Sequence[FusedLinear | None], shape: Shape,
-        choice: Choice,
+        choice: Choice, vanishes: bool,
     ) -> None:  # fmt: skip
         self.operation, self.relu, self.shape, self.branches = operation, relu, shape, tuple(branches)
         self.takes = [branch is not None for branch in branches]
@@ -38,9 +40,11 @@ class FusedMerge(TritonPasses):
         self.last, self.beside, self.dtype = last, self.branches[self.other], last.dtype
         self.fuses = choice.way == "fused" and fuses(last)
         self.multiplies = self.fuses and self.beside is not None and last.pointwise and self.beside.pointwise
-        split = operation.split.name
+        split: Any = operation.split.name
+        self.vanishes = vanishes
+        self.again = End(part=split) if vanishes and self.beside is None and split not in CONSTANT_SPLITS else None
         values = {
-            "denominators": last.denominators, "split": split, "relu": relu,
+            "denominators": last.denominators, "split": split, "relu": relu, "keeps_weight": not vanishes,
             "is_residual": self.this != operation.skip, "other_linear": self.beside is not None,
         }  # fmt: skip
         self.merge = configuration(**values)
@@ -76,7 +80,9 @@ class FusedMerge(TritonPasses):
             merged, *gates = launch("merge", tensors, self.merge)
         saved: list[Ends] = [(End(scale=weight),) for weight in self.weights]
         saved[self.this] = gate_ends(gates[0], self.last.denominators)
-        if len(gates) > 1:
+        if self.again is not None:
+            saved[self.other] = (replace(self.again, gate=other),)
+        elif len(gates) > 1:
             saved[self.other] = (End(gates[1]),) if beside is None else gate_ends(gates[1], beside.denominators)
         return unpack(merged), [ends if weight else () for ends, weight in zip(saved, self.weights, strict=True)]
 

@@ -120,7 +120,7 @@ def _of_merge(merge: FusedMerge, batch: int) -> Candidates:
         if branch is not None:
             sources[place] = _input(branch, batch)
     for choice in _choices(last, blocks):
-        variant = FusedMerge(merge.operation, merge.relu, merge.branches, merge.shape, choice)
+        variant = FusedMerge(merge.operation, merge.relu, merge.branches, merge.shape, choice, merge.vanishes)
         yield choice, partial(variant.forward, sources)
 
 
