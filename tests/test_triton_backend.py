@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
@@ -444,6 +446,18 @@ def test_refusals(model: nn.Module) -> None:
         with pytest.raises(ValueError, match=r"tune\(\) measures the triton backend on a CUDA device"):
             LRP(model).tune(torch.randn(SHAPE))
         assert LRP(model).backend == "torch"
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="kernels are not interpreted on a GPU")
+def test_an_interpreter_that_multiplies_bfloat16_wrong_is_refused() -> None:
+    """In a process of its own: tests run in an interpreter that multiplies it right."""
+    code = (
+        "import torch; from lrp_fast import LRP; model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2));"
+        "LRP(model.eval(), backend='triton'); LRP(model, backend='triton', dtype=torch.bfloat16)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Triton's interpreter (TRITON_INTERPRET=1) takes the bits of bfloat16 for whole numbers" in ended.stderr
+    assert ended.returncode == 1
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

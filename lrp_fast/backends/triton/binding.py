@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -29,7 +30,8 @@ from lrp_fast.backends.triton.linear import (
 )
 from lrp_fast.backends.triton.merges import FusedMerge
 from lrp_fast.backends.triton.pools import FusedPool, FusedWinnerPool
-from lrp_fast.kernels.common import SPLITS, Denominators, interpreted
+from lrp_fast.kernels import pointwise_conv
+from lrp_fast.kernels.common import SPLITS, Arrival, Denominators, End, interpreted
 from lrp_fast.layers import AveragePool, Convolution, MaxPool, Shape
 from lrp_fast.plan import Unit
 from lrp_fast.rules import FIXED_PARTS, NEGATIVE, POSITIVE, WHOLE, ZeroGuard
@@ -50,6 +52,11 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
     if interpreted():
         if device.type != "cpu":
             raise ValueError(f"TRITON_INTERPRET=1 runs kernels on the CPU only, got {device}; unset it")
+        if dtype == torch.bfloat16 and not multiplies_bfloat16():
+            raise ValueError(
+                "Triton's interpreter (TRITON_INTERPRET=1) takes the bits of bfloat16 for whole numbers; got "
+                "dtype=torch.bfloat16, use float32 or backend='torch'"
+            )
         return
     if device.type != "cuda":
         raise ValueError(
@@ -61,6 +68,14 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(
             f"the triton backend needs compute capability 8.0 or newer, got {capability}; use backend='torch'"
         )
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether kernels that are interpreted multiply bfloat16 right."""
+    ones = torch.ones(1, 4, 4, 16, dtype=torch.bfloat16)
+    (sums,) = pointwise_conv.backward(ones, torch.ones(16, 16, dtype=torch.bfloat16), Arrival((End(),)))
+    return bool((sums == 16).all())
 
 
 def serve(
