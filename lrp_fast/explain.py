@@ -302,8 +302,10 @@ class LRP:
         signature = tuple((p.data_ptr(), _version(p), p.dtype, p.device, p.shape) for p in parameters.values())
         if signature != self._signature:
             self.refresh()
-            self._signature = signature
             self.device, self.dtype = self._place(parameters)
+            if self.backend == "triton":
+                _triton().check_device(self.device, self.dtype)
+            self._signature = signature
         return parameters
 
     def _program(self, inputs: Tensor, observed: frozenset[int], heatmap: bool, maps: int = 1) -> _Runner:

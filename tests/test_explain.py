@@ -202,6 +202,16 @@ def test_two_calls_give_equal_bits_and_new_weights_are_noticed(images: Tensor) -
         torch.testing.assert_close(explainer.explain(images).output, model(images))
 
 
+def test_weights_on_several_devices_are_refused_at_every_call(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 3, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    explainer.explain(images)
+    [*model.children()][-1].to("meta")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"lie on several devices \(cpu, meta|meta, cpu\)"):
+            explainer.explain(images)
+
+
 def test_writes_through_data_need_a_refresh(images: Tensor) -> None:
     model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
     explainer = LRP(model)

@@ -448,6 +448,17 @@ def test_refusals(model: nn.Module) -> None:
         assert LRP(model).backend == "torch"
 
 
+def test_what_no_kernel_computes_is_refused_after_the_model_has_changed_too(model: nn.Module, images: Tensor) -> None:
+    explainer = LRP(model, backend="triton")
+    explainer.explain(images)
+    model.double()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"float32 or bfloat16, got torch\.float64"):
+            explainer.explain(images)
+    model.float()
+    explainer.explain(images)
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="kernels are not interpreted on a GPU")
 def test_an_interpreter_that_multiplies_bfloat16_wrong_is_refused() -> None:
     """In a process of its own: tests run in an interpreter that multiplies it right."""
