@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrp_fast.heatmap import heat_quantize
+from lrp_fast.heatmap import from_heat_levels, heat_levels
 from lrp_fast.kernels import gate, heatmap, merge, pointwise_conv, pool, spatial_conv
 from lrp_fast.kernels.common import CONSTANT_SPLITS, SPLITS, Arrival, Branch, Denominators, End
 from lrp_fast.kernels.pointwise_conv import Precision
@@ -754,7 +754,7 @@ def build_quantize(
 ) -> Prepared:
     """heatmap.quantize; a map is float32 whatever the network computes in."""
     heat = torch.randn(batch, size, size, device=device)
-    return Prepared(lambda: [heatmap.quantize(heat)], lambda: [heat_quantize(heat)], 2 * moved(heat))
+    return Prepared(lambda: [heatmap.quantize(heat)], lambda: [from_heat_levels(*heat_levels(heat))], 2 * moved(heat))
 
 
 # The cases --------------------------------------------------------------------------------------------------------------

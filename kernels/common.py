@@ -324,7 +324,7 @@ def split_weights(residual, skip, SPLIT: tl.constexpr):
     if SPLIT == "ratio":
         magnitude = tl.abs(residual) + 1e-30  # 0/0 is one half
         weight = magnitude / (tl.abs(skip) + 1e-30 + magnitude)
-        return weight, 1.0 - weight
+        return weight, tl.maximum(1.0 - weight, 0.0)  # a GPU's quotient may be above one in its last place
     elif SPLIT == "signed":
         total = residual + skip
         denominator = tl.where(total < 0, total - 1e-6, total + 1e-6)

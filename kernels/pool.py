@@ -114,7 +114,7 @@ def max_pool_gated(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Maxima and gates 1 / stab(z), both (N, Ho, Wo, C), from x (N, H, W, C), contiguous.
 
-    stab(z) = z + ε, or z ± ε by its sign if ``signed``. ValueError if a block is empty or the window too large.
+    stab(z) = z + ε, or z ± ε by its sign if ``signed``. ValueError if a block is empty.
     """
     _check_blocks(x, stride, out_size)
     maxima = x.new_empty(x.shape[0], *out_size, x.shape[-1])
@@ -130,7 +130,7 @@ def max_pool_average(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Maxima in the dtype of x (N, H, W, C), contiguous, and z in float32, both (N, Ho, Wo, C).
 
-    ValueError if a block is empty or the window too large.
+    ValueError if a block is empty.
     """
     _check_blocks(x, stride, out_size)
     maxima = x.new_empty(x.shape[0], *out_size, x.shape[-1])
@@ -145,8 +145,9 @@ def winner_pool(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Maxima in the dtype of x (N, H, W, C), contiguous, and winners in uint8, both (N, Ho, Wo, C).
 
-    ValueError if the window is too large.
+    ValueError if the window is too large for a byte.
     """
+    _check_window(kernel)
     maxima = x.new_empty(x.shape[0], *out_size, x.shape[-1])
     winner = maxima.new_empty(maxima.shape, dtype=torch.uint8)
     _max_pool(x, maxima, winner, "winner", 0.0, kernel, stride, padding, dilation, block, num_warps)
@@ -157,7 +158,6 @@ def _max_pool(
     x: Tensor, maxima: Tensor, beside: Tensor, kind: Literal["signed", "plain", "average", "winner"], epsilon: float,
     kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, block: Pair | None, num_warps: int,
 ) -> None:  # fmt: skip
-    _check_window(kernel)
     _, out_height, out_width, channels = maxima.shape
     rows = maxima.numel() // channels
     block = block or tile(channels)
@@ -425,9 +425,8 @@ def spread(
 ) -> Tensor:  # fmt: skip
     """Dead relevance (M · N, Ho, Wo, C), contiguous, shared equally by the valid inputs of its window: (M · N, H, W).
 
-    In float32, equal in all ``channels`` of the input. ValueError if the window is too large.
+    In float32, equal in all ``channels`` of the input.
     """
-    _check_window(kernel)
     images, out_height, out_width, _ = dead.shape
     rows = images * height * width
     even = dead.new_empty(images, height, width, dtype=torch.float32)

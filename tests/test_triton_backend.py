@@ -6,7 +6,9 @@ Without a GPU the kernels run in Triton's interpreter, so networks and images ar
 from __future__ import annotations
 
 import functools
+import importlib
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -370,6 +372,17 @@ def test_other_designs(composite: str, size: tuple[int, int]) -> None:
     assert launched["block_backward"] >= 1
 
 
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving", "epsilon_plus"])
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(16, 16), nn.Conv2d(16, 16, 16, 16)], ids=["pool", "convolution"])
+def test_windows_of_more_positions_than_a_byte_counts(composite: str, layer: nn.Module) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), layer, nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )  # fmt: skip
+    model = network.eval().to(DEVICE)
+    error, _ = compared(model, torch.randn(2, 3, 33, 35, device=DEVICE), composite)
+    assert error <= bound(composite)
+
+
 @pytest.mark.parametrize("composite", ["otsuki2024", "conserving", "epsilon_alpha2_beta1"])
 def test_launchers_are_called_at_once_where_nobody_looks(
     model: nn.Module, images: Tensor, composite: str, monkeypatch: pytest.MonkeyPatch
@@ -538,15 +551,50 @@ def test_tuning_keeps_the_fastest_and_stays_right(model: nn.Module, images: Tens
     assert {choice.way for choice in choices.measured.values()} == {"fused", "library"}
     merges = [key for key in choices.measured if "-merge-" in key]
     assert len(merges) == 5
-    assert sum(key.endswith("-()") for key in merges) == 2  # of five merges three have a projection
+    assert sum("+ratio-()" in key for key in merges) == 2  # of five merges three have a projection
     before = len(times)
     backend.tune(runner.program.passes, len(images), choices, timed)
     assert len(times) == before
     kept = json.loads((tmp_path / "choices.json").read_text())
     assert set(kept) == set(choices.measured)
-    tuned = LRP(model, backend="triton")
-    tuned._choices = lambda: choices  # type: ignore[method-assign]
-    assert relative_error(tuned.explain(images, start="one").heatmap, expected.heatmap) <= 1e-5
+    again = LRP(model, backend="triton")
+    again._choices = lambda: choices  # type: ignore[method-assign]
+    assert relative_error(again.explain(images, start="one").heatmap, expected.heatmap) <= 1e-5
+
+
+def tuned(model: nn.Module, composite: str, choices: Choices, timed: Any, **options: Any) -> str:
+    explainer = LRP(model, composite, backend="triton", **options)
+    program = explainer._program(torch.randn(SHAPE, device=DEVICE), frozenset(), False).program
+    return backend.tune(program.passes, SHAPE[0], choices, timed)
+
+
+def test_rules_and_splits_are_measured_apart(model: nn.Module) -> None:
+    """Their epilogues differ, and which tiles hold them; backward passes are the same."""
+    choices, measured = Choices(), []
+    for composite, split in (("otsuki2024", "ratio"), ("otsuki2024", "symmetric"), ("conserving", "ratio")):
+        tuned(model, composite, choices, lambda work: 1.0, split=split)
+        measured.append(len(choices.measured))
+    backward = sum("-backward-" in key for key in choices.measured)
+    merges = sum("-merge-" in key for key in choices.measured)
+    forward = measured[0] - backward - merges // 3
+    assert merges == 15
+    assert measured == [backward + forward + 5, backward + forward + 10, backward + 2 * forward + 15]
+
+
+@pytest.mark.parametrize("how", ["drawing", "running"])
+def test_what_does_not_fit_while_tuning_keeps_its_default(
+    model: nn.Module, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    if how == "drawing":
+        monkeypatch.setattr(importlib.import_module("lrp_fast.backends.triton.tune"), "_random", full)
+    choices = Choices()
+    report = tuned(model, "otsuki2024", choices, lambda work: math.inf)
+    assert not choices.measured
+    assert "fused" in report
+    assert "library" in report
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def defined_gates(
     for index, z_g in enumerate(z):
         if denominators.stabilizer == "guard":
             assert limit is not None
-            dead = z_g <= limit.double().view(-1, *(1,) * (z_g.ndim - 1))
+            dead = z_g.float() <= limit.view(-1, *(1,) * (z_g.ndim - 1))  # a decision, and so in the kernel's precision
             gates.append(torch.where(dead, -numerator, numerator / z_g))
             continue
         sign = torch.where(z_g < 0, -1.0, 1.0) if denominators.stabilizer == "signed" else 1.0

@@ -170,20 +170,15 @@ def task_of(
     kernel: Literal["pointwise", "spatial"] = "pointwise" if is_pointwise(layer, operation) else "spatial"
     dtype = str(operation.dtype).removeprefix("torch.")
 
+    guard = "guard" if denominators.stabilizer == "guard" else ""
+
     def task(direction: Direction) -> Task:
-        stacks = denominators.groups if direction == "backward" else denominators.stacks
+        backward = direction == "backward"
         return Task(
-            kernel,
-            direction,
-            x_shape[0],
-            tuple(x_shape[1:]),
-            tuple(shape),
-            size,
-            layer.groups,
-            stacks,
-            dtype,
-            precision,
-        )
+            kernel, direction, x_shape[0], tuple(x_shape[1:]), tuple(shape), size, layer.groups,
+            denominators.groups if backward else denominators.stacks, dtype, precision,
+            "" if backward else denominators.kind + guard,
+        )  # fmt: skip
 
     return task
 
@@ -256,7 +251,7 @@ def _serve_merge(
     if any(branch.layer.groups > 1 and branch.denominators.stacks > 1 for branch in linears):
         return "a branch ends in a grouped convolution"
     last = linears[-1]
-    choice = choices.of(merge_task(linears, batch))
+    choice = choices.of(merge_task(linears, batch, operation.split.name))
     if not has_wide_groups(last.layer, last.x_shape[0], last.shape[0]):
         choice = LIBRARY
     if any(rounds_parts(branch.operation, branch.denominators) for branch in linears):
@@ -266,11 +261,12 @@ def _serve_merge(
     return FusedMerge(operation, unit.relu, branches, shape, choice, unit.vanishes and unit.keep)
 
 
-def merge_task(linears: Sequence[FusedLinear], batch: int) -> Task:
+def merge_task(linears: Sequence[FusedLinear], batch: int, split: str) -> Task:
     """The task of a merge's forward pass; ``linears``: the last layers of its branches that are such."""
     *others, last = linears
     task = task_of(last.operation, last.denominators, (batch, *last.x_shape), last.shape, last.precision)("merge")
-    return replace(task, beside=tuple((*branch.x_shape, *branch.weights.forward.shape[1:]) for branch in others))
+    beside = tuple((*branch.x_shape, *branch.weights.forward.shape[1:]) for branch in others)
+    return replace(task, epilogue=f"{task.epilogue}+{split}", beside=beside)
 
 
 def _serve_pool(operation: ProportionalPool, x_shape: Shape, shape: Shape) -> Served:

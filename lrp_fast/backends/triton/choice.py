@@ -26,8 +26,11 @@ Direction = Literal["forward", "backward", "merge"]
 
 @dataclass(frozen=True)
 class Task:
-    """One direction of one convolution, as far as its speed depends on it. ``beside``: inputs and weight of the linear
-    layer that ends the other branch of a merge, if one does."""
+    """One direction of one convolution, as far as its speed depends on it.
+
+    ``epilogue``: forward, how its output becomes gates, and at a merge the split. ``beside``: inputs and weight of the
+    linear layer that ends the other branch of a merge, if one does.
+    """
 
     kernel: Literal["pointwise", "spatial"]
     direction: Direction
@@ -39,6 +42,7 @@ class Task:
     stacks: int
     dtype: str
     precision: str
+    epilogue: str = ""
     beside: tuple[tuple[int, ...], ...] = ()
 
     @property

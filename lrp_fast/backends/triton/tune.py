@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from lrp_fast.backends.passes import Passes
 from lrp_fast.backends.triton.binding import LIBRARY, has_wide_groups, merge_task, rounds_parts, task_of
@@ -33,8 +34,9 @@ def tune(
     rows = []
     for task, candidates in _tasks(passes, batch):
         if task.key not in choices.measured:
-            times = {choice: (timed or milliseconds)(work) for choice, work in candidates}
-            choices.keep(task, min(times, key=lambda choice: times[choice]))
+            times = _times(candidates, timed or milliseconds)
+            if times:
+                choices.keep(task, min(times, key=lambda choice: times[choice]))
         found = choices.of(task)
         rows.append(f"{task.key}: {found.way} {'' if found.blocks is None else found.blocks}")
     return "\n".join(dict.fromkeys(rows))
@@ -44,12 +46,21 @@ Candidates = Iterator[tuple[Choice, Callable[[], object]]]
 """Each choice worth trying, and one pass under it."""
 
 
+def _times(candidates: Candidates, timed: Callable[..., float]) -> dict[Choice, float]:
+    """What each choice takes that runs; none where memory runs out before there is anything to run."""
+    times = {}
+    with suppress(torch.cuda.OutOfMemoryError):
+        for choice, work in candidates:
+            times[choice] = timed(work)
+    return {choice: time for choice, time in times.items() if time < math.inf}
+
+
 def _tasks(passes: Sequence[Passes | None], batch: int) -> Iterator[tuple[Task, Candidates]]:
     for one in passes:
         if isinstance(one, FusedMerge):
             linears = [branch for branch in one.branches if branch is not None]
             if _wide(one.last):
-                yield merge_task(linears, batch), _of_merge(one, batch)
+                yield merge_task(linears, batch, one.operation.split.name), _of_merge(one, batch)
         elif isinstance(one, FusedLinear) and _wide(one):
             task = task_of(one.operation, one.denominators, (batch, *one.x_shape), one.shape, one.precision)
             if one.onward is not None:
@@ -150,7 +161,7 @@ def _capability(device: torch.device) -> int:
 
 def milliseconds(work: Callable[[], object]) -> float:
     """The median time of a call on the GPU, after a first one that compiles; infinite where memory runs out, the device's
-    or that of a multiprocessor."""
+    or that of a multiprocessor, or the assembler gives up."""
     try:
         work()
         times = []
@@ -164,5 +175,5 @@ def milliseconds(work: Callable[[], object]) -> float:
             stop.synchronize()
             times.append(start.elapsed_time(stop) / CALLS)
         return statistics.median(times)
-    except (torch.cuda.OutOfMemoryError, OutOfResources):
+    except (torch.cuda.OutOfMemoryError, OutOfResources, PTXASError):
         return math.inf
