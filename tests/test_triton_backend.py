@@ -40,6 +40,8 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (2, 3, 25, 27)
+COMPOSITES = [name for name in list_composites() if name != "epsilon"]
+"""All but the one that plain float32 has no more right on a random network."""
 
 
 class Block(nn.Module):
@@ -119,6 +121,12 @@ def images() -> Tensor:
     return torch.randn(SHAPE, device=DEVICE)
 
 
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of cuDNN's algorithms add in any order."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 @pytest.fixture
 def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """k×k convolutions by their kernels too, which is otherwise for a measurement to decide."""
@@ -145,7 +153,7 @@ def compared(
     return relative_error(got.relevance, expected.relevance), launched.counts
 
 
-@pytest.mark.parametrize("composite", [name for name in list_composites() if name != "epsilon"])
+@pytest.mark.parametrize("composite", COMPOSITES)
 def test_a_small_resnet_is_the_references(model: nn.Module, images: Tensor, composite: str) -> None:
     error, launched = compared(model, images, composite)
     assert error <= bound(composite)
@@ -601,8 +609,7 @@ def test_what_does_not_fit_while_tuning_keeps_its_default(
 
 
 @gpu
-def test_cuda_graph_is_the_same_map(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # some of its algorithms add in any order
+def test_cuda_graph_is_the_same_map(model: nn.Module, images: Tensor) -> None:
     plain = LRP(model, backend="triton")
     recorded = LRP(model, backend="triton", cuda_graph=True)
     names = ("layer1.0", "layer3")
@@ -617,6 +624,14 @@ def test_cuda_graph_is_the_same_map(model: nn.Module, images: Tensor, monkeypatc
     first = recorded.explain(images)
     recorded.explain(torch.randn_like(images))
     assert torch.equal(first.heatmap, plain.explain(images).heatmap)
+
+
+@gpu
+@pytest.mark.parametrize("composite", ["epsilon_alpha2_beta1", "epsilon_gamma_box"])
+def test_two_gates_on_the_device(model: nn.Module, images: Tensor, composite: str) -> None:
+    error, launched = compared(model, images, composite)
+    assert error <= bound(composite)
+    assert launched
 
 
 @gpu
