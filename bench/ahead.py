@@ -1,7 +1,7 @@
 """Compiling ahead: while the GPU tests run, processes of their own fill the disk caches of Triton and of torch.compile.
 
-What they compile is what the tables need first: every kernel of the kernel table, every tile that tuning the headline will
-try, and the compiled columns. Nothing is timed meanwhile, and whatever fails here fails again where it is recorded.
+What they compile is what the tables need first: every kernel of the kernel table, every tile that tuning will try, and the
+compiled columns. Nothing is timed meanwhile, and whatever fails here fails again where it is recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from contenders import network
 from kernel_bench import BATCH, DTYPES, plan
 from network_bench import explainer_of, run_of
-from settings import COMPILED, HEADLINE, Setting, images
+from settings import COMPILED, TUNED, Setting, images
 
 COLUMNS = [(setting, column) for setting in COMPILED for column in ("torch compiled", "forward compiled")]
 MOST_WORKERS = 6
@@ -58,6 +58,8 @@ class CompileAhead:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> CompileAhead:
+        if not self.jobs:
+            return self
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(COMPILERS)}
         with self.log.open("wb") as output:
             for job in self.jobs:
@@ -107,7 +109,7 @@ def compile_column(setting: Setting, column: str) -> None:
 
 
 def compile_kernels(index: int, count: int) -> None:
-    """One of ``count`` shares of the kernel table's kernels and of the headline's candidates."""
+    """One of ``count`` shares of the kernel table's kernels and of what tuning tries."""
     with only_compiling(index, count):
         for row in plan(dry=False, full=False):
             row.case.build(torch.device("meta"), DTYPES[row.precision], BATCH, row.product).run()
@@ -118,8 +120,9 @@ def compile_kernels(index: int, count: int) -> None:
         ):
             torch.cuda.set_per_process_memory_fraction(WORKERS_MEMORY)
             device = torch.device("cuda")
-            x = images(device, HEADLINE.precision, HEADLINE.batch, 224)
-            explainer_of(network(HEADLINE.network, device), HEADLINE, backend="triton").tune(x)
+            for setting in TUNED:
+                x = images(device, setting.precision, setting.batch, 224)
+                explainer_of(network(setting.network, device), setting, backend="triton").tune(x)
 
 
 def _called(work: Any) -> float:
@@ -136,7 +139,7 @@ def only_compiling(index: int, count: int) -> Iterator[None]:
     def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if zlib.crc32(specialization(kernel, args, kwargs).encode()) % count == index:
             with contextlib.suppress(Exception):
-                run(kernel, *args, grid=grid, warmup=True, **kwargs)
+                _ = run(kernel, *args, grid=grid, warmup=True, **kwargs).run  # builds what launches it, too
 
     with mock.patch.object(JITFunction, "run", compiled):
         yield

@@ -3,7 +3,7 @@
     python3 bench/gpu_check.py [--minutes 8] [--full] [--resume] [--dry-run] [--output FOLDER] [--no-tests] …
 
 Runs from a raw checkout and needs torch, triton, torchvision and pytest; zennit and captum are compared with where they
-can be imported. Writes at most six files to ``--output``, ``$OUT`` or ``bench/results``, again after every measurement, so
+can be imported. Writes at most seven files to ``--output``, ``$OUT`` or ``bench/results``, again after every measurement, so
 that an interrupted run loses nothing. Exit code 0: all parity checks and GPU tests passed; 1: one did not; 2: there is no
 CUDA device; 130: interrupted. Missed targets and whatever time did not suffice for are entries, not failures.
 
@@ -15,6 +15,7 @@ miniature on the CPU, with interpreted kernels.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -28,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -137,22 +139,45 @@ def _stages(options: argparse.Namespace, device: Any, results: Any, budget: Any)
 
     budget.say(f"{results.run['environment']}")
     results.write()
-    log = pathlib.Path(tempfile.gettempdir()) / "lrp_fast-compile-ahead.log"
-    with CompileAhead([] if device.dry or options.no_ahead else jobs(), log) as ahead:
+    compiling = [] if device.dry or options.no_ahead else jobs()
+    with CompileAhead(compiling, results.log_path("ahead")) as ahead:
         if not options.no_tests:
             budget.say("GPU tests")
-            results.run["tests"] = run_tests(options.tests, results.log_path, budget.remaining(TESTS_SHARE))
+            results.run["tests"] = run_tests(options.tests, results.log_path("tests"), budget.remaining(TESTS_SHARE))
             budget.say(results.run["tests"]["summary"])
             results.write()
-        budget.say(f"compiled ahead: {ahead.wait(budget.remaining(TESTS_SHARE))}; {log}")
+        if compiling:
+            results.run["compiled ahead"] = ahead.wait(budget.remaining(TESTS_SHARE))
+            budget.say(f"compiled ahead: {results.run['compiled ahead']}")
+    tune = not (options.no_tune or device.dry)
     if not options.no_kernels:
-        budget.say("kernels")
-        measure_kernels(results, device, budget, KERNELS_SHARE, options.full)
+        with stage("kernels", results, device, budget):
+            measure_kernels(results, device, budget, KERNELS_SHARE, options.full)
     if not options.no_networks:
-        budget.say("networks")
-        measure_networks(results, device, budget, not (options.no_tune or device.dry), options.full)
+        with stage("networks", results, device, budget):
+            measure_networks(results, device, budget, tune, options.full)
     if not options.no_kernels:
-        measure_kernels(results, device, budget, 1.0, options.full)  # what was left out for the networks' sake
+        with stage("kernels left out for the networks' sake", results, device, budget):
+            measure_kernels(results, device, budget, 1.0, options.full)
+
+
+@contextlib.contextmanager
+def stage(name: str, results: Any, device: Any, budget: Any) -> Iterator[None]:
+    """An error within is a failure of the check, and the next stage goes on; a lost device ends it all."""
+    from kernel_bench import describe
+    from timing import DeviceLostError
+
+    budget.say(name)
+    results.run.setdefault("stages", {}).pop(name, None)
+    try:
+        yield
+    except DeviceLostError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        results.run["stages"][name] = describe(error)
+        device.check()
+    results.write()
 
 
 def run_tests(arguments: Sequence[str], log: pathlib.Path, seconds: float) -> dict[str, Any]:

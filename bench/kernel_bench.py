@@ -5,6 +5,7 @@ The floor of a kernel is ``max(bytes / copy bandwidth, FLOPs / matrix-product ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,12 +157,11 @@ def poisoned_outputs() -> Iterator[None]:
 
 def difference(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest relative L2 difference of any output; NaN if there is one."""
-    worst = 0.0
+    errors = [0.0]
     for one, other in zip(got, wanted, strict=True):
         norm = float(torch.linalg.vector_norm(other.float(), dtype=torch.float64))
-        error = float(torch.linalg.vector_norm(one.float() - other.float(), dtype=torch.float64)) / norm
-        worst = error if not error <= worst else worst
-    return worst
+        errors.append(float(torch.linalg.vector_norm(one.float() - other.float(), dtype=torch.float64)) / norm)
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def _speed(prepared: Prepared, device: Device, rates: Cell, precision: str) -> Cell:

@@ -22,15 +22,15 @@ from lrp_fast import LRP, Attribution
 from lrp_fast.scopes import float32_precision
 from peers import captum_explainer, zennit_explainer
 from report import OURS, Cell, Results
-from settings import Setting, columns_of, images, settings
+from settings import TUNED, Setting, columns_of, images, settings
 from timing import Budget, Device, OutOfTimeError, Run, time_limit
 
 SPEARMAN = 0.999
 REFERENCED = 4
 """How many images of a batch are compared with the reference."""
 SAMPLE_SECONDS, ROUNDS_SECONDS = 0.03, 6.0
-TUNED, TUNING_SECONDS = 3, 90.0
-"""How many of the first settings are tuned when time is short, and for how long each."""
+TUNING_SECONDS = 90.0
+"""The most that tuning a setting may take."""
 FIRST_CALLS_SECONDS, COMPLETE_CALLS_SECONDS = 90.0, 900.0
 """The most that a column's first calls, with what they compile, may take when time is short, and when it is not."""
 FEWEST_SECONDS = 8.0
@@ -263,7 +263,7 @@ def spearman(got: Tensor, expected: Tensor) -> float:
 def measure_networks(results: Results, device: Device, budget: Budget, tune: bool, full: bool = False) -> None:
     """Measure the settings, the most important first, until the budget is spent; what is there already stays."""
     for rank, setting in enumerate(settings(device.dry, full)):
-        tuned = tune and (full or (rank < TUNED and budget.remaining() >= 2 * TUNING_SECONDS))
+        tuned = tune and (full or (setting in TUNED and budget.remaining() >= TUNING_SECONDS))
         columns = columns_of(setting, device.dry, full)
         columns = [name for name in columns if not results.has(setting.precision, setting.key, name)]
         columns = [name for name in columns if tuned or name != "triton tuned"]

@@ -1,7 +1,8 @@
 """What a GPU check found: kept as JSON while it runs, shown as one Markdown table at the end.
 
 Files: ``<device>-kernels-<versions>.json`` and ``<device>-<precision>-<versions>.json`` for bfloat16, float32 and tf32, and
-``<device>-<versions>.md``; what the GPU tests print is in ``<device>-tests-<versions>.log``. A cell holds numbers, or under
+``<device>-<versions>.md``; what the GPU tests print is in ``<device>-tests-<versions>.log``, what compiles ahead in
+``<device>-ahead-<versions>.log``. A cell holds numbers, or under
 ``entry`` the reason why there are none.
 """
 
@@ -43,10 +44,9 @@ class Results:
         """The Markdown file."""
         return self.folder / f"{self.device}-{self.versions}.md"
 
-    @property
-    def log_path(self) -> pathlib.Path:
-        """What the GPU tests print."""
-        return self.folder / f"{self.device}-tests-{self.versions}.log"
+    def log_path(self, what: str) -> pathlib.Path:
+        """What the GPU ``"tests"`` print, or those that compile ``"ahead"``."""
+        return self.folder / f"{self.device}-{what}-{self.versions}.log"
 
     @property
     def run(self) -> Cell:
@@ -106,6 +106,7 @@ class Results:
         """Whatever must not be: failed tests, failed parity, errors of our own explainers and kernels."""
         tests = self.run.get("tests")
         found = [f"GPU tests: {tests['summary']}"] if tests and tests["exit code"] != 0 else []
+        found += [f"{stage}: {entry}" for stage, entry in self.run.get("stages", {}).items()]
         found += [f"kernel {key}: {cell['entry']}" for key, cell in self.run["cells"].items() if cell.get("failed")]
         for precision in PRECISIONS:
             for setting, columns in self.files[precision]["cells"].items():

@@ -45,16 +45,19 @@ class Setting:
         return (BOUNDS if self.composite in POSITIVE else CANCELLING_BOUNDS)[self.precision]
 
 
-HEADLINE, SECOND = Setting("resnet50", "bfloat16", 256), Setting("resnet50", "float32", 32)
+HEADLINE, SINGLE = Setting("resnet50", "bfloat16", 256), Setting("resnet50", "bfloat16", 1)
+SECOND = Setting("resnet50", "float32", 32)
 COMPILED = (HEADLINE, SECOND)
 """Where time is short, only these have compiled columns."""
+TUNED = (HEADLINE, SINGLE, SECOND)
+"""Where time is short, only these are tuned."""
 
 
 def settings(dry: bool, full: bool) -> list[Setting]:
     """All settings, by importance, so that a cut loses the least."""
     if dry:
         return [Setting("cifar", "float32", 2), Setting("cifar", "tf32", 1)]
-    first = [HEADLINE, SECOND, Setting("resnet50", "bfloat16", 1)]
+    first = [*TUNED]
     first += [Setting(network, "bfloat16", 256) for network in ("resnet18", "resnet101")]
     every = product(("resnet50", "resnet18", "resnet101"), ("bfloat16", "tf32", "float32"), BATCHES)
     rest = sorted(every, key=lambda setting: BATCHES.index(setting[2]) + 1.5 * (setting[0] != "resnet50"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pathlib
 import re
 import sys
@@ -25,7 +26,7 @@ import lrp_fast.kernels.common
 import network_bench
 from lrp_fast import LRP
 from report import Results, markdown, targets
-from settings import Setting
+from settings import TUNED, Setting, settings
 from timing import Budget, DeviceLostError, Host, OutOfTimeError, time_limit
 
 PASSING = "import sys; print('3 passed in 0.01s')"
@@ -176,6 +177,29 @@ def test_a_kernel_that_fails_parity_gets_no_speed(
     assert "seconds" not in failed
     assert cells[f"{right.name}, float32"]["seconds"] > 0
     assert f"kernel {wrong.name}, float32: FAILED" in table_of(tmp_path)
+
+
+def test_a_nan_in_any_output_is_the_difference() -> None:
+    right, wrong = torch.ones(2), torch.tensor([1.0, torch.nan])
+    assert math.isnan(kernel_bench.difference([wrong, right], [right, right]))
+    assert math.isnan(kernel_bench.difference([right, wrong], [right, right]))
+    assert kernel_bench.difference([right, 1.5 * right, right], [right, right, right]) == pytest.approx(0.5)
+
+
+@pytest.mark.usefixtures("small")
+def test_an_error_ends_its_stage_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel_bench, "plan", mock.Mock(side_effect=RuntimeError("no rows")))
+        assert dry_run(tmp_path) == 1
+    assert file(tmp_path, "float32")["cells"]["cifar/otsuki2024/1"]["triton"]["seconds"] > 0
+    assert file(tmp_path, "kernels")["stages"]["kernels"] == "error: RuntimeError: no rows"
+    assert "kernels: error: RuntimeError: no rows" in table_of(tmp_path)
+    assert dry_run(tmp_path, "--resume", "--no-tests") == 0
+    assert file(tmp_path, "kernels")["stages"] == {}
+
+
+def test_what_is_tuned_when_time_is_short_comes_first() -> None:
+    assert tuple(settings(dry=False, full=False)[: len(TUNED)]) == TUNED
 
 
 @pytest.mark.usefixtures("small")

@@ -118,7 +118,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(SHAPE, device=DEVICE)
+    return torch.randn(SHAPE).to(DEVICE)  # the same on every device
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
+    return torch.randn(shape).to(DEVICE, dtype)  # the same on every device
 
 
 def agree(got: Tensor | None, wanted: Tensor, bound: float) -> None:
