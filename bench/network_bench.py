@@ -210,7 +210,8 @@ class Bench:
         self._round(runs, calls, taken)  # it says how often each is called in a sample, and how many rounds there are
         once = {name: times.pop() for name, times in taken.items()}
         calls = {name: 1 if self.device.dry else min(max(int(SAMPLE_SECONDS / once[name]), 1), 50) for name in once}
-        rounds = self.device.rounds(ROUNDS_SECONDS, sum(once[name] * calls[name] for name in once) or 1.0, fewest=3)
+        round_seconds = sum(once[name] * (calls[name] + 1) for name in once)
+        rounds = self.device.rounds(ROUNDS_SECONDS, round_seconds or 1.0, fewest=3)
         for number in range(rounds):
             if number == 0 or self.budget.remaining():
                 self._round(runs, calls, taken)
@@ -219,6 +220,8 @@ class Bench:
     def _round(self, runs: Mapping[str, Run], calls: Mapping[str, int], taken: dict[str, list[float]]) -> None:
         for name in list(taken):
             try:
+                if not self.device.dry:
+                    runs[name]()  # it may have to ask for memory that another had to give back
                 taken[name].append(self.device.wall(runs[name], calls[name]))
             except Exception as error:
                 del taken[name]
