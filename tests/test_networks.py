@@ -31,7 +31,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), 65),
     "resnext50": (lambda: torchvision.models.resnext50_32x4d(num_classes=10), 64),
     "vgg16_bn": (lambda: torchvision.models.vgg16_bn(num_classes=10), 64),
-    "resnet50d": (lambda: _timm("resnet50d"), 97),
+    "resnet50d": (lambda: _timm("resnet50d"), 65),
     "cifar20": (lambda: CifarResNet(3), 65),
     "vgg_small_head": (vgg, 16),
 }
