@@ -212,8 +212,9 @@ def merged(
     beside: list[Tensor] = []
     if other.linear:
         value, beside = understood(other.tensor, other.bias, rule)
-    here, there = weights_of(own, value, split) if is_residual else weights_of(value, own, split)[::-1]
-    results = [(own + value).relu(), gates_of(own, denominators, here, rule, limit)]
+    total = own + value
+    here, there = weights_of(own, value, total, split) if is_residual else weights_of(value, own, total, split)[::-1]
+    results = [total.relu(), gates_of(own, denominators, here, rule, limit)]
     if other.linear:
         results.append(gates_of(value, beside, there, rule, other.limit))
     elif kept(rule, split):
@@ -227,25 +228,18 @@ def kept(rule: Denominators, split: str) -> bool:
     return rule.stabilizer == "guard" and split not in CONSTANT_SPLITS
 
 
-def weights_of(residual: Tensor, skip: Tensor, split: str) -> tuple[Tensor | float, Tensor | float]:
-    """What the residual branch and the skip get."""
+def weights_of(
+    residual: Tensor, skip: Tensor, total: Tensor, split: str
+) -> tuple[Tensor | float, Tensor | float]:  # fmt: skip
+    """What the residual branch and the skip get, whose sum is ``total``."""
     if split in CONSTANT_SPLITS:
         return CONSTANT_SPLITS[split]
     if split == "signed":
-        total = residual + skip
         total = total + torch.where(total < 0, -1e-6, 1e-6)
         return residual / total, skip / total
     magnitudes = residual.abs() + 1e-30, skip.abs() + 1e-30
     total = magnitudes[0] + magnitudes[1]
     return magnitudes[0] / total, magnitudes[1] / total
-
-
-def share(branch: Tensor, merged: Tensor, split: str) -> Tensor:
-    """The weight of one branch of a merge, from its value and that of both together."""
-    if split == "signed":
-        return branch / (merged + torch.where(merged < 0, -1e-6, 1e-6))
-    magnitudes = branch.abs() + 1e-30, (merged - branch).abs() + 1e-30
-    return magnitudes[0] / (magnitudes[0] + magnitudes[1])
 
 
 def settled(acc: Tensor | None, arrival: Arrival, like: Tensor) -> list[Tensor]:
@@ -267,7 +261,8 @@ def settled(acc: Tensor | None, arrival: Arrival, like: Tensor) -> list[Tensor]:
         gate = end.scale if end.gate is None else end.gate
         if end.gate is not None and end.part in SPLITS:
             assert arrival.value is not None
-            gate = share(end.gate.float(), arrival.value.float(), end.part)
+            branch, both = end.gate.float(), arrival.value.float()
+            gate, _ = weights_of(branch, both - branch, both, end.part)
         if end.gate is not None and end.part == "guarded":
             results.append((total * end.gate.clamp(min=0)).to(like.dtype))
             results.append(

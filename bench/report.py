@@ -2,8 +2,7 @@
 
 Files: ``<device>-kernels-<versions>.json`` and ``<device>-<precision>-<versions>.json`` for bfloat16, float32 and tf32, and
 ``<device>-<versions>.md``; what the GPU tests print is in ``<device>-tests-<versions>.log``, what compiles ahead in
-``<device>-ahead-<versions>.log``. A cell holds numbers, or under
-``entry`` the reason why there are none.
+``<device>-ahead-<versions>.log``. A cell holds numbers, or under ``entry`` the reason why there are none.
 """
 
 from __future__ import annotations

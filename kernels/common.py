@@ -125,12 +125,12 @@ class Branch:
 
 
 def merge_outputs(
-    like: Tensor, shape: tuple[int, ...], denominators: Denominators, split: str, other: Branch, keeps_weight: bool
+    like: Tensor, shape: tuple[int, ...], denominators: Denominators, split: str, other_linear: bool, keeps_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a merge of ``shape`` (…, C) writes: its value, the linear branch's gates, the other's gates, weight or nothing."""
     gates = (*shape[:-1], shape[-1] * denominators.groups)
     weighs = keeps_weight and split not in CONSTANT_SPLITS
-    end = like.new_empty(gates) if other.linear else like.new_empty(shape) if weighs else None
+    end = like.new_empty(gates) if other_linear else like.new_empty(shape) if weighs else None
     return like.new_empty(shape), like.new_empty(gates), end
 
 
@@ -319,30 +319,19 @@ def store_gates(
 
 
 @triton.jit
-def split_weights(residual, skip, SPLIT: tl.constexpr):
-    """The weights of the residual branch and of the skip, from their float32 values before the ReLU."""
+def split_weights(residual, skip, merged, SPLIT: tl.constexpr):
+    """The weights of the residual branch and of the skip, from their float32 values and their sum before the ReLU."""
     if SPLIT == "ratio":
         magnitude = tl.abs(residual) + 1e-30  # 0/0 is one half
         weight = magnitude / (tl.abs(skip) + 1e-30 + magnitude)
         return weight, tl.maximum(1.0 - weight, 0.0)  # a GPU's quotient may be above one in its last place
     elif SPLIT == "signed":
-        total = residual + skip
-        denominator = tl.where(total < 0, total - 1e-6, total + 1e-6)
+        denominator = tl.where(merged < 0, merged - 1e-6, merged + 1e-6)
         return residual / denominator, skip / denominator
     elif SPLIT == "symmetric":
         return tl.full(residual.shape, 0.5, tl.float32), tl.full(residual.shape, 0.5, tl.float32)
     else:
         return tl.full(residual.shape, 1.0, tl.float32), tl.full(residual.shape, 0.0, tl.float32)
-
-
-@triton.jit
-def share(branch, merged, SPLIT: tl.constexpr):
-    """The weight of one branch of a merge, as :func:`split_weights` has it, from its value and that of both together."""
-    if SPLIT == "ratio":
-        magnitude = tl.abs(branch) + 1e-30
-        return magnitude / (tl.abs(merged - branch) + 1e-30 + magnitude)
-    else:
-        return branch / tl.where(merged < 0, merged - 1e-6, merged + 1e-6)
 
 
 @triton.jit
@@ -383,9 +372,9 @@ def store_merge(
     merged = own + other
     tl.store(merged_ptr + rows * C + columns, tl.maximum(merged, 0.0) if RELU else merged, mask=inside)
     if IS_RESIDUAL:
-        weight, other_weight = split_weights(own, other, SPLIT)
+        weight, other_weight = split_weights(own, other, merged, SPLIT)
     else:
-        other_weight, weight = split_weights(other, own, SPLIT)
+        other_weight, weight = split_weights(other, own, merged, SPLIT)
     store_gates(gate_ptr, first, second, weight, rows, columns, inside, C, epsilon, limit, gamma, KIND, STABILIZER)
     if OTHER_LINEAR:
         store_gates(
@@ -413,7 +402,7 @@ def store_end(
             elif PART == "dead":
                 gate = tl.maximum(-gate, 0.0)
             elif PART == "ratio" or PART == "signed":
-                gate = share(gate, value, PART)
+                gate, _ = split_weights(gate, value - gate, value, PART)
             tl.store(out_ptr + rows * (GROUPS * C) + group * C + columns, relevance * gate, mask=inside)
     else:
         tl.store(out_ptr + rows * C + columns, relevance * scale, mask=inside)

@@ -107,7 +107,7 @@ def merge(
     channels = stacked.shape[-1] // denominators.stacks
     rows = stacked.numel() // stacked.shape[-1]
     merged, gates, other_end = merge_outputs(
-        stacked, (*stacked.shape[:-1], channels), denominators, split, other, keeps_weight
+        stacked, (*stacked.shape[:-1], channels), denominators, split, other.linear, keeps_weight
     )
     block = block or tile(channels)
     grid = (cdiv(rows, block[0]) * cdiv(channels, block[1]),)

@@ -407,7 +407,7 @@ def merged(
     blocks, shape, arguments = _forward(
         x, weight, denominators, stride, precision, blocks, held(denominators, other.linear, other.weight is not None)
     )
-    result, gates, other_end = merge_outputs(x, shape, denominators, split, other, keeps_weight)
+    result, gates, other_end = merge_outputs(x, shape, denominators, split, other.linear, keeps_weight)
     _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
         x, weight, x if bias is None else bias, x if limit is None else limit,
         other.tensor, weight if other.weight is None else other.weight, x if other.bias is None else other.bias,

@@ -245,7 +245,7 @@ def merged(
     blocks, shape, arguments = _forward(
         x, weight, denominators, stride, padding, dilation, groups, tiles, precision, blocks
     )
-    result, gates, other_end = merge_outputs(x, shape, denominators, split, other, keeps_weight)
+    result, gates, other_end = merge_outputs(x, shape, denominators, split, other.linear, keeps_weight)
     _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1], groups)](
         x, weight, x if bias is None else bias, other.tensor, x if other.bias is None else other.bias,
         result, gates, gates if other_end is None else other_end, **arguments,

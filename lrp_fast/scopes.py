@@ -14,6 +14,11 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def watched() -> bool:
+    """Whether somebody looks at torch's operations: ``torch.compile``, which makes a graph of them, or a dispatch mode."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
+
+
 @contextmanager
 def float32_precision(tf32: bool) -> Iterator[None]:
     """Run float32 convolutions and products in full precision, or in TF32 on a GPU if ``tf32``.

@@ -57,6 +57,7 @@ from lrp_fast.rules import (
     WeightPart,
     ZeroGuard,
 )
+from lrp_fast.scopes import watched
 from lrp_fast.splits import Split
 
 Message = tuple[Tensor | None, Tensor | None]
@@ -113,7 +114,7 @@ def stored(alive: Tensor, dead: Tensor | None, dtype: torch.dtype) -> Gates:
 
 def may_look(x: Tensor) -> bool:
     """Whether a decision may depend on a tensor: not in a graph that is being made, nor where it means to wait for a device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    return x.device.type == "cpu" and not watched()
 
 
 # Linear layers ------------------------------------------------------------------------------------------------------

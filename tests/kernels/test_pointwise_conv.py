@@ -375,7 +375,7 @@ def settled(acc: Tensor, arrival: Arrival) -> list[Tensor]:
             leaving += [total * gate.clamp(min=0), torch.stack([part.sum(-1) for part in dead.split(8, -1)], -1)]
             continue
         if end.part == "ratio":
-            gate = gate.abs() / (gate.abs() + (of_maps(arrival.value) - gate).abs())
+            gate, _ = weights_of(gate, of_maps(arrival.value) - gate, end.part)
         else:
             gate = {"whole": gate, "alive": gate.clamp(min=0), "dead": (-gate).clamp(min=0)}[end.part]
         leaving.append(total.repeat(1, 1, 1, end.groups) * gate)

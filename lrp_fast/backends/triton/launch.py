@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lrp_fast.kernels import gate, heatmap, merge, pointwise_conv, pool, spatial_conv
-from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, Branch, Denominators, End
+from lrp_fast.kernels.common import Arrival, Branch, Denominators, End, merge_outputs
 from lrp_fast.kernels.pointwise_conv import Blocks
+from lrp_fast.scopes import watched
 
 Tensors = Sequence[Any]
 """Tensors, and None where an optional one is missing."""
@@ -142,11 +143,9 @@ def _run_pointwise_maximum(tensors: Tensors, values: Values) -> Sequence[Tensor]
 
 
 def _merged_like(like: Tensor, shape: Sequence[int], stacked: int, values: Values) -> list[Tensor]:
-    merged, gates = _gated_like(like, shape, stacked, values)
-    if values["other_linear"]:
-        return [merged, gates, torch.empty_like(gates)]
-    weighs = values["keeps_weight"] and values["split"] not in CONSTANT_SPLITS
-    return [merged, gates, torch.empty_like(merged)] if weighs else [merged, gates]
+    denominators: Denominators = values["denominators"]
+    chosen = [values[name] for name in ("split", "other_linear", "keeps_weight")]
+    return _given(merge_outputs(like, (*shape, stacked // denominators.stacks), denominators, *chosen))
 
 
 def _given(results: Sequence[Tensor | None]) -> list[Tensor]:
@@ -347,7 +346,7 @@ def launch(name: str, tensors: Tensors, configured: str = "{}", arrival: Arrival
     what the kernel of a small batch takes.
     """
     operator = OPERATORS[name]
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+    if watched() or torch.autograd._profiler_enabled():
         if arrival is None:
             return operator(tensors, configured, "")
         return operator([*tensors, *arrival_tensors(arrival)], configured, arrival_text(arrival))
