@@ -13,12 +13,14 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests" / "kernels"))
 
 import torch
 import torchvision
+import typer
 from resources import Row, resources
 
 from cases import KernelCase, Prepared, kernel_cases
@@ -34,9 +36,14 @@ FLOOR = {"MB": 197.0, "GFLOP": 24.5, "µs": 75.0}
 Measured = dict[str, float]
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(
+    results: Annotated[
+        pathlib.Path | None,
+        typer.Argument(help="of a GPU check: <device>-kernels-<versions>.json", exists=True, dir_okay=False),
+    ] = None,
+) -> None:
     """Rewrite what stands between the markers."""
-    measured = _measured(pathlib.Path(arguments[0])) if arguments else {}
+    measured = _measured(results) if results else {}
     torch.manual_seed(0)
     model, shape = torchvision.models.resnet50().eval(), (BATCH, 3, SIDE, SIDE)
     default, fused = recorded(model, shape).passes, recorded(model, shape, defaults=FUSED).passes
@@ -63,7 +70,10 @@ def between(text: str, name: str, table: str) -> str:
 
 def _measured(path: pathlib.Path) -> Measured:
     """Seconds of each case in bfloat16, from a GPU check's results."""
-    cells = json.loads(path.read_text())["cells"]
+    try:
+        cells = json.loads(path.read_text())["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise typer.BadParameter(f"{path} is not the result of a GPU check: {type(error).__name__}: {error}") from None
     return {key: cell["seconds"] for key, cell in cells.items() if "seconds" in cell}
 
 
@@ -206,4 +216,4 @@ def rates() -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    typer.run(main)

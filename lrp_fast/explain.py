@@ -230,7 +230,10 @@ class LRP:
         """A table of the plan: every step, how relevance leaves it, what serves it and why not the kernels.
 
         The triton backend chooses for an input shape N×C×H×W: the one given, else that of the latest explanation.
+        Raises ``ValueError`` for a shape that the model does not take.
         """
+        if shape is not None:
+            self.plan.check_input(tuple(shape), self._refresh_if_changed())
         serving = self._serving(shape)
         rows = [("step", "operation", "relevance leaves by", "backend")]
         for index, (step, assignment) in enumerate(zip(self.plan.steps, self._assignments, strict=True)):

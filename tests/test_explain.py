@@ -351,6 +351,17 @@ def test_relevance_of_what_only_saw_padding_is_lost_to_constants() -> None:
     assert relative_error(*maps) <= 1e-5
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 4, 32, 32), (0, 3, 32, 32), (2, 3, 32, 32, 32)])
+def test_a_description_is_of_a_shape_that_the_model_takes(
+    model: nn.Module, backend: str, shape: tuple[int, ...]
+) -> None:
+    explainer = LRP(model, backend=backend)
+    assert explainer.describe((2, 3, 32, 32)) == explainer.describe()
+    with pytest.raises(ValueError, match=r"expected inputs of shape N x 3 x H x W, got shape \("):
+        explainer.describe(shape)
+
+
 def test_per_layer_rules(model: nn.Module, images: Tensor) -> None:
     composite = Composite.named("epsilon-plus").with_rule("blocks.1.*", Gamma(0.25)).with_rule(nn.Linear, Epsilon(1e-3))
     explainer = LRP(model, composite, split=Splits(identity="symmetric", projection="ratio"))
