@@ -231,7 +231,8 @@ class Bench:
     @staticmethod
     def _entry(name: str, error: Exception) -> Cell:
         """A cell that says what went wrong; with our own explainers, that is a failure."""
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        # Where a recording breaks off for want of memory, ending it can raise an error of its own.
+        if any(isinstance(one, torch.cuda.OutOfMemoryError) for one in (error, error.__context__)):
             return {"entry": "out of memory", "failed": False}
         text = f"not installed: {error.name}" if isinstance(error, ImportError) else describe(error)
         return {"entry": text, "failed": name in OURS}

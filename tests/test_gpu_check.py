@@ -260,7 +260,10 @@ def test_running_out_of_memory_is_an_entry(tmp_path: pathlib.Path, monkeypatch: 
 
     def without_memory(column: str, *arguments: Any) -> Any:
         if column == "torch":
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            try:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
         return mock.Mock(side_effect=later) if column == "forward" else run_of(column, *arguments)
 
     monkeypatch.setattr(network_bench, "run_of", without_memory)
