@@ -274,7 +274,7 @@ class LRP:
             self._check_inputs(inputs, self._refresh_if_changed())
             with self._running():
                 program = self._program(inputs, frozenset(), False).program
-                report: str = _triton().tune(program.passes, inputs.shape[0], self._choices())
+                report: str = _triton().tune(program.units, program.passes, inputs.shape[0], self._choices())
         self._programs.clear()
         return report
 

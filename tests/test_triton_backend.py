@@ -28,6 +28,7 @@ from lrp_fast.backends.triton import choice as choice_module
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
 from lrp_fast.backends.triton.launch import OPERATORS, Operator
 from lrp_fast.backends.triton.merges import FusedMerge
+from lrp_fast.kernels.common import Arrival
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.rules import AlphaBeta, Flat, Gamma, Rule, WSquare, ZBox, ZPlus
 from networks import CifarResNet, calibrated, relative_error
@@ -542,7 +543,7 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -
 def tuned(model: nn.Module, composite: str, choices: Choices, timed: Any, **options: Any) -> str:
     explainer = LRP(model, composite, backend="triton", **options)
     program = explainer._program(torch.randn(SHAPE, device=DEVICE), frozenset(), False).program
-    return backend.tune(program.passes, SHAPE[0], choices, timed)
+    return backend.tune(program.units, program.passes, SHAPE[0], choices, timed)
 
 
 def test_tuning_keeps_the_fastest_and_stays_right(model: nn.Module, images: Tensor, tmp_path: pathlib.Path) -> None:
@@ -574,16 +575,44 @@ def test_tuning_keeps_the_fastest_and_stays_right(model: nn.Module, images: Tens
 
 
 def test_rules_and_splits_are_measured_apart(model: nn.Module) -> None:
-    """Their epilogues differ, and which tiles hold them; backward passes are the same."""
+    """Their epilogues differ, and which tiles hold them."""
     choices, measured = Choices(), []
+    directions = ("-forward-", "-backward-", "-merge-")
     for composite, split in (("otsuki2024", "ratio"), ("otsuki2024", "symmetric"), ("conserving", "ratio")):
         tuned(model, composite, choices, lambda work: 1.0, split=split)
-        measured.append(len(choices.measured))
-    backward = sum("-backward-" in key for key in choices.measured)
-    merges = sum("-merge-" in key for key in choices.measured)
-    forward = measured[0] - backward - merges // 3
-    assert merges == 15
-    assert measured == [backward + forward + 5, backward + forward + 10, backward + 2 * forward + 15]
+        measured.append([sum(direction in key for key in choices.measured) for direction in directions])
+    forward, backward, _ = measured[0]
+    before_merges = sum("+ratio" in key for key in choices.measured if "-backward-" in key) // 2
+    assert 0 < before_merges < backward
+    assert measured[1] == [forward, backward + before_merges, 10]
+    assert measured[2][::2] == [2 * forward, 15]
+
+
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving"])
+def test_what_is_timed_backward_is_what_runs(
+    model: nn.Module, images: Tensor, composite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels behind which as much is read and written, not the product alone."""
+    linear = importlib.import_module("lrp_fast.backends.triton.linear")
+    launch, seen = linear.launch, set()
+
+    def watched(name: str, tensors: list[Tensor | None], configured: str, arrival: Arrival | None = None) -> Any:
+        if arrival is not None:
+            s, weight, *product = tensors
+            before = any(other is not None for other in (arrival.previous, arrival.dense, *product))
+            ends = tuple((end.part, end.gate is not None, end.groups) for end in arrival.ends)
+            seen.add((name, s.shape[1:], weight.shape, ends, arrival.value is not None, before))
+        return launch(name, tensors, configured, arrival)
+
+    monkeypatch.setattr(linear, "launch", watched)
+    choices = Choices(defaults={"pointwise": "fused", "spatial": "fused"})
+    explainer = LRP(model, composite, backend="triton")
+    explainer._choices = lambda: choices  # type: ignore[method-assign]
+    explainer.explain(images)
+    run, seen = seen, set()
+    tuned(model, composite, choices, lambda work: work() and 1.0)
+    assert any(len(found[3]) == 2 for found in run)
+    assert run <= seen
 
 
 @pytest.mark.parametrize("how", ["drawing", "running"])

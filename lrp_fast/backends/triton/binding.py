@@ -25,10 +25,12 @@ from lrp_fast.backends.triton.linear import (
     FusedLinear,
     PartedLinear,
     SettledLinear,
+    epilogue_of,
     is_pointwise,
     stabilizer_form,
 )
 from lrp_fast.backends.triton.merges import FusedMerge
+from lrp_fast.backends.triton.passes import TritonPasses
 from lrp_fast.backends.triton.pools import FusedPool, FusedWinnerPool
 from lrp_fast.kernels import pointwise_conv
 from lrp_fast.kernels.common import SPLITS, Arrival, Denominators, End, interpreted
@@ -84,18 +86,19 @@ def serve(
 ) -> list[Served]:  # fmt: skip
     """For each unit its passes or a reason. ``operations``, ``shapes``: of every step; ``precision``: "ieee" or "tf32"."""
     served: list[Served] = []
-    for unit in units:
+    for place, unit in enumerate(units):
         operation = operations[unit.step]
         inputs = [shapes[units[place].output] for place in unit.inputs]
         shape = shapes[unit.output][1:]
         if isinstance(operation, LinearOperation):
-            served.append(_serve_linear(unit, operation, inputs[0], shape, precision, choices))
+            settled = settled_with(place, units, served)
+            served.append(_serve_linear(unit, operation, inputs[0], shape, precision, settled, choices))
         elif isinstance(operation, MergeOperation):
             found = _serve_merge(unit, operation, units, served, shape, inputs[0][0], choices)
             if isinstance(found, str):
-                for place in unit.inputs:
-                    if units[place].numerator == "weight":
-                        served[place] = f"its merge runs in torch: {found}"
+                for source in unit.inputs:
+                    if units[source].numerator == "weight":
+                        served[source] = f"its merge runs in torch: {found}"
             served.append(found)
         elif isinstance(operation, ProportionalPool):
             served.append(_serve_pool(operation, inputs[0][1:], shape))
@@ -110,7 +113,7 @@ def serve(
 
 
 def _serve_linear(
-    unit: Unit, operation: LinearOperation, x_shape: Shape, shape: Shape, precision: str, choices: Choices
+    unit: Unit, operation: LinearOperation, x_shape: Shape, shape: Shape, precision: str, settled: str, choices: Choices
 ) -> Served:
     layer = operation.layer
     if not isinstance(layer, Convolution):
@@ -129,7 +132,7 @@ def _serve_linear(
         kind = PartedLinear if has_parts(operation) else SettledLinear
         return kind(operation, unit.relu, over_value, x_shape[1:], shape)
     task = task_of(operation, denominators, x_shape, shape, precision)
-    onward, back = (choices.of(task(direction)) for direction in ("forward", "backward"))
+    onward, back = choices.of(task("forward", epilogue_of(denominators))), choices.of(task("backward", settled))
     wide = has_wide_groups(layer, x_shape[1], shape[0])
     if not wide:
         onward, back = LIBRARY, LIBRARY
@@ -162,25 +165,43 @@ def rounds_parts(operation: LinearOperation, denominators: Denominators) -> bool
 
 def task_of(
     operation: LinearOperation, denominators: Denominators, x_shape: Shape, shape: Shape, precision: str
-) -> Callable[[Direction], Task]:
-    """The task of each direction of a layer."""
+) -> Callable[[Direction, str], Task]:
+    """The task of each direction of a layer, with an epilogue."""
     layer = operation.layer
     assert isinstance(layer, Convolution)
     size = (*operation.weight_shape[2:], *layer.stride, *layer.padding, *layer.dilation)
     kernel: Literal["pointwise", "spatial"] = "pointwise" if is_pointwise(layer, operation) else "spatial"
     dtype = str(operation.dtype).removeprefix("torch.")
 
-    guard = "guard" if denominators.stabilizer == "guard" else ""
-
-    def task(direction: Direction) -> Task:
-        backward = direction == "backward"
+    def task(direction: Direction, epilogue: str) -> Task:
+        stacks = denominators.groups if direction == "backward" else denominators.stacks
         return Task(
-            kernel, direction, x_shape[0], tuple(x_shape[1:]), tuple(shape), size, layer.groups,
-            denominators.groups if backward else denominators.stacks, dtype, precision,
-            "" if backward else denominators.kind + guard,
+            kernel, direction, x_shape[0], tuple(x_shape[1:]), tuple(shape), size, layer.groups, stacks, dtype, precision,
+            epilogue,
         )  # fmt: skip
 
     return task
+
+
+def receiver_of(place: int, units: Sequence[Unit], served: Sequence[object]) -> TritonPasses | None:
+    """The unit that a message goes to, if its kernels settle relevance with this message: the last one to arrive."""
+    source = units[place].inputs[0]
+    last = not any(source in unit.inputs for unit in units[:place])  # backward, the first reader is the last to send
+    receiver = served[source]
+    return receiver if last and isinstance(receiver, TritonPasses) else None
+
+
+def readers_of(source: int, units: Sequence[Unit]) -> int:
+    """How many units read the output of one."""
+    return sum(source in unit.inputs for unit in units)
+
+
+def settled_with(place: int, units: Sequence[Unit], served: Sequence[object]) -> str:
+    """What the kernel that sends a message does behind its product; empty if nothing."""
+    receiver = receiver_of(place, units, served)
+    if receiver is None:
+        return ""
+    return receiver.epilogue + ("+more" if readers_of(units[place].inputs[0], units) > 1 else "")
 
 
 def has_wide_groups(layer: Convolution, inputs: int, outputs: int) -> bool:
@@ -264,9 +285,9 @@ def _serve_merge(
 def merge_task(linears: Sequence[FusedLinear], batch: int, split: str) -> Task:
     """The task of a merge's forward pass; ``linears``: the last layers of its branches that are such."""
     *others, last = linears
-    task = task_of(last.operation, last.denominators, (batch, *last.x_shape), last.shape, last.precision)("merge")
+    task = task_of(last.operation, last.denominators, (batch, *last.x_shape), last.shape, last.precision)
     beside = tuple((*branch.x_shape, *branch.weights.forward.shape[1:]) for branch in others)
-    return replace(task, epilogue=f"{task.epilogue}+{split}", beside=beside)
+    return replace(task("merge", f"{last.epilogue}+{split}"), beside=beside)
 
 
 def _serve_pool(operation: ProportionalPool, x_shape: Shape, shape: Shape) -> Served:

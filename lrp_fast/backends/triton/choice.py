@@ -28,8 +28,8 @@ Direction = Literal["forward", "backward", "merge"]
 class Task:
     """One direction of one convolution, as far as its speed depends on it.
 
-    ``epilogue``: forward, how its output becomes gates, and at a merge the split. ``beside``: inputs and weight of the
-    linear layer that ends the other branch of a merge, if one does.
+    ``epilogue``: forward, how its output becomes gates, and at a merge the split; backward, what its message is settled
+    with. ``beside``: inputs and weight of the linear layer that ends the other branch of a merge, if one does.
     """
 
     kernel: Literal["pointwise", "spatial"]

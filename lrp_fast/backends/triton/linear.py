@@ -27,7 +27,7 @@ class SettledLinear(TritonPasses):
     def __init__(self, operation: LinearOperation, relu: bool, over_value: bool, x_shape: Shape, shape: Shape) -> None:
         self.operation, self.relu, self.over_value = operation, relu, over_value
         self.x_shape, self.shape, self.dtype = x_shape, shape, operation.dtype
-        self.service = "torch, gates by triton"
+        self.service, self.epilogue = "torch, gates by triton", f"{len(operation.groups)}"
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
         value, z, output = self.operation.forward(sources[0])
@@ -70,7 +70,7 @@ class PartedLinear(SettledLinear):
         kind: Literal["own", "stacked", "apart"] = "own" if not varying else "apart" if len(terms) > 2 else "stacked"
         self.denominators = Denominators(kind, stabilizer.epsilon, stabilizer_form(operation))
         self.gate = configuration(denominators=self.denominators, relu=relu, over_value=over_value)
-        self.service = "triton: library + gate / torch"
+        self.service, self.epilogue = "triton: library + gate / torch", epilogue_of(self.denominators)
         self.direct = operation.summed is not None and layer.dilation == (1, 1)
         if operation.summed is not None and self.direct:
             self.summed = operation.summed[:, 0].permute(1, 2, 0).contiguous()  # kh × kw × C
@@ -226,7 +226,7 @@ class FusedLinear(TritonPasses):
         self.adds = self.pointwise and back.way == "fused" and layer.stride[0] == 1
         self.fuses = onward is not None and onward.way == "fused" and fuses(self)
         self._configure()
-        self.weights = packed_weights(operation, denominators)
+        self.weights, self.epilogue = packed_weights(operation, denominators), epilogue_of(denominators)
         first = "in its merge" if onward is None else f"{self.kernel}_conv" if self.fuses else "library + gate"
         ways = (first, _way(self.kernel, back))
         self.service = "triton: " + " / ".join(dict.fromkeys(ways))
@@ -335,6 +335,11 @@ class FusedLinear(TritonPasses):
 def fuses(layer: FusedLinear) -> bool:
     """Whether the kernel of a layer can do its gates: a zero-guard looks at a whole image before the first of them."""
     return layer.guard is None or layer.pointwise
+
+
+def epilogue_of(denominators: Denominators) -> str:
+    """What tells kernels apart that are as fast for all else, such as ε."""
+    return denominators.kind + ("guard" if denominators.stabilizer == "guard" else "")
 
 
 def is_pointwise(layer: Convolution, operation: LinearOperation) -> bool:

@@ -41,6 +41,7 @@ class FusedMerge(TritonPasses):
         self.fuses = choice.way == "fused" and fuses(last)
         self.multiplies = self.fuses and self.beside is not None and last.pointwise and self.beside.pointwise
         split: Any = operation.split.name
+        self.epilogue = f"{last.epilogue}+{split}{'' if self.beside is None else '+linear'}"
         self.vanishes = vanishes
         self.again = End(part=split) if vanishes and self.beside is None and split not in CONSTANT_SPLITS else None
         values = {
@@ -55,6 +56,10 @@ class FusedMerge(TritonPasses):
         self.weights = (constant[1], constant[0]) if operation.skip == 0 else constant
         beside = "" if self.beside is None else ", for both branches" if self.multiplies else ", beside the library"
         self.service = f"triton: {last.kernel}_conv{beside}" if self.fuses else "triton: library + merge"
+
+    @property
+    def reads(self) -> list[Shape]:
+        return [self.shape if branch is None else branch.x_shape for branch in self.branches]
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
         x, y = sources[self.this], sources[self.other]

@@ -50,15 +50,23 @@ def all_gates(gates: Gates) -> tuple[Tensor, ...]:
 
 
 class TritonPasses(Passes):
-    """Passes whose relevance is settled by a kernel. ``shape``: of the unit's output, without batch.
+    """Passes whose relevance is settled by a kernel. ``x_shape``, ``shape``: of the unit's input and output, without batch.
 
     ``over_value``: the unit's own output is in its gates already, and relevance arrives without it. What leaves is NHWC.
+    ``epilogue``: how its output becomes gates, as far as the speed of doing so, and of settling at them, depends on it.
     """
 
+    epilogue: str
     over_value = False
     adds = False
+    x_shape: Shape
     shape: Shape
     dtype: torch.dtype
+
+    @property
+    def reads(self) -> list[Shape]:
+        """The shapes of what :meth:`forward` takes, without batch."""
+        return [self.x_shape]
 
     def ends(self, saved: object) -> Ends:
         """Where relevance that arrives goes on to: what the forward pass saved."""

@@ -31,7 +31,7 @@ class FusedPool(TritonPasses):
         height, width = x_shape[1:]
         self.backward = configuration(stride=block, height=height, width=width)
         self.gate = configuration(denominators=GUARDED, relu=False, over_value=False)
-        self.service = "triton: pool"
+        self.service, self.epilogue = "triton: pool", "pool" if self.guard is None else "poolguard"
         layer = operation.layer
         self.maximum: str | None = None
         if isinstance(layer, MaxPool):
@@ -87,7 +87,7 @@ class FusedWinnerPool(TritonPasses):
         geometry |= {"dilation": layer.dilation}
         self.onward = configuration(**geometry, out_size=shape[1:])
         self.backward = configuration(**geometry, height=x_shape[1], width=x_shape[2])
-        self.service = "triton: pool"
+        self.service, self.epilogue = "triton: pool", "winner"
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
         value, winner = launch("winner_pool", [pack(sources[0].to(self.dtype))], self.onward)

@@ -13,14 +13,25 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from lrp_fast.backends.passes import Passes
-from lrp_fast.backends.triton.binding import LIBRARY, has_wide_groups, merge_task, rounds_parts, task_of
+from lrp_fast.backends.passes import Arrived, Passes
+from lrp_fast.backends.triton.binding import (
+    LIBRARY,
+    has_wide_groups,
+    merge_task,
+    readers_of,
+    receiver_of,
+    rounds_parts,
+    settled_with,
+    task_of,
+)
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
 from lrp_fast.backends.triton.linear import FusedLinear, fuses
 from lrp_fast.backends.triton.merges import FusedMerge
+from lrp_fast.backends.triton.passes import TritonPasses
 from lrp_fast.kernels import pointwise_conv, spatial_conv
 from lrp_fast.kernels.common import Arrival, End
 from lrp_fast.kernels.pointwise_conv import Blocks
+from lrp_fast.plan import Unit
 
 REPEATS, CALLS = 5, 4
 BUSY_CYCLES = 2_000_000
@@ -28,11 +39,12 @@ BUSY_CYCLES = 2_000_000
 
 
 def tune(
-    passes: Sequence[Passes | None], batch: int, choices: Choices, timed: Callable[..., float] | None = None
-) -> str:
+    units: Sequence[Unit], passes: Sequence[Passes | None], batch: int, choices: Choices,
+    timed: Callable[..., float] | None = None,
+) -> str:  # fmt: skip
     """Measure every convolution and merge that has no measured choice yet, keep the best, and say what was chosen."""
     rows = []
-    for task, candidates in _tasks(passes, batch):
+    for task, candidates in _tasks(units, passes, batch):
         if task.key not in choices.measured:
             times = _times(candidates, timed or milliseconds)
             if times:
@@ -55,8 +67,8 @@ def _times(candidates: Candidates, timed: Callable[..., float]) -> dict[Choice, 
     return {choice: time for choice, time in times.items() if time < math.inf}
 
 
-def _tasks(passes: Sequence[Passes | None], batch: int) -> Iterator[tuple[Task, Candidates]]:
-    for one in passes:
+def _tasks(units: Sequence[Unit], passes: Sequence[Passes | None], batch: int) -> Iterator[tuple[Task, Candidates]]:
+    for place, one in enumerate(passes):
         if isinstance(one, FusedMerge):
             linears = [branch for branch in one.branches if branch is not None]
             if _wide(one.last):
@@ -64,8 +76,9 @@ def _tasks(passes: Sequence[Passes | None], batch: int) -> Iterator[tuple[Task, 
         elif isinstance(one, FusedLinear) and _wide(one):
             task = task_of(one.operation, one.denominators, (batch, *one.x_shape), one.shape, one.precision)
             if one.onward is not None:
-                yield task("forward"), _of_forward(one, batch)
-            yield task("backward"), _of_backward(one, batch)
+                yield task("forward", one.epilogue), _of_forward(one, batch)
+            arrival = partial(_arrival, place, units, passes, one, batch)
+            yield task("backward", settled_with(place, units, passes)), _of_backward(one, batch, arrival)
 
 
 def _wide(layer: FusedLinear) -> bool:
@@ -90,13 +103,28 @@ def _of_forward(layer: FusedLinear, batch: int) -> Candidates:
     else:
         tiles = spatial_conv.tiles_of(denominators)
         blocks = spatial_conv.candidates(outputs // groups, inputs // groups, tiles, dtype, precision)
-    x = _input(layer, batch)
+    sources = _inputs(layer, batch, layer)
     for choice in _choices(layer, blocks):
-        yield choice, partial(_variant(layer, choice, layer.back).forward, [x])
+        yield choice, partial(_variant(layer, choice, layer.back).forward, sources)
 
 
-def _of_backward(layer: FusedLinear, batch: int) -> Candidates:
-    (inputs, *around), (outputs, height, width) = layer.x_shape, layer.shape
+def _arrival(
+    place: int, units: Sequence[Unit], passes: Sequence[Passes | None], layer: FusedLinear, batch: int
+) -> Arrival | None:
+    """What settles a unit's message: its receiver's gates, beside what has arrived there before; None if nothing does."""
+    receiver, source = receiver_of(place, units, passes), units[place].inputs[0]
+    if receiver is None:
+        return None
+    value, saved = receiver.forward(_inputs(receiver, batch, layer))
+    before = Arrived()
+    if readers_of(source, units) > 1:
+        more = _random(layer, batch, *receiver.shape[1:], receiver.shape[0]).permute(0, 3, 1, 2)
+        before = Arrived(acc=more) if receiver.over_value else Arrived(dense=more)
+    return receiver.arrival(before, value if units[source].keep else None, receiver.ends(saved))
+
+
+def _of_backward(layer: FusedLinear, batch: int, arrival_of: Callable[[], Arrival | None]) -> Candidates:
+    (inputs, *_), (outputs, height, width) = layer.x_shape, layer.shape
     dtype, groups, inner = layer.dtype, layer.layer.groups, outputs * layer.denominators.groups
     precision: Any = layer.precision
     if layer.pointwise:
@@ -104,17 +132,16 @@ def _of_backward(layer: FusedLinear, batch: int) -> Candidates:
         blocks = pointwise_conv.candidates(rows, inputs, inner, 1, dtype, precision, capability)
     else:
         blocks = spatial_conv.candidates(inputs // groups, inner // groups, 1, dtype, precision)
-    s, gate = _random(layer, batch, height, width, inner), _random(layer, batch, *around, inputs)
+    s, arrival = _random(layer, batch, height, width, inner), arrival_of()
     for choice in _choices(layer, blocks, forward=False):
         variant = _variant(layer, layer.onward, choice)
         if layer.pointwise and layer.layer.stride[0] > 1:  # whose message is settled with another's
             yield choice, partial(variant.send, [s], None, False)
         else:
-            yield choice, partial(variant.send_settled, [s], Arrival((End(gate),)))
+            yield choice, partial(variant.send_settled, [s], arrival or Arrival((End(),)))
 
 
 def _of_merge(merge: FusedMerge, batch: int) -> Candidates:
-    """With a plain gate in place of what a branch that is no layer gets."""
     last, beside = merge.last, merge.beside
     outputs, height, width = merge.shape
     (inputs, *_), groups, denominators = last.x_shape, last.layer.groups, last.denominators
@@ -126,10 +153,7 @@ def _of_merge(merge: FusedMerge, batch: int) -> Candidates:
     else:
         tiles = spatial_conv.tiles_of_merge(denominators, beside is not None)
         blocks = spatial_conv.candidates(outputs // groups, inputs // groups, tiles, last.dtype, precision)
-    sources = [_random(last, batch, height, width, outputs).permute(0, 3, 1, 2)] * 2
-    for place, branch in enumerate(merge.branches):
-        if branch is not None:
-            sources[place] = _input(branch, batch)
+    sources = _inputs(merge, batch, last)
     for choice in _choices(last, blocks):
         variant = FusedMerge(merge.operation, merge.relu, merge.branches, merge.shape, choice, merge.vanishes)
         yield choice, partial(variant.forward, sources)
@@ -146,9 +170,10 @@ def _random(layer: FusedLinear, *shape: int) -> Tensor:
     return torch.rand(shape, device=layer.weights.backward.device, dtype=layer.dtype)
 
 
-def _input(layer: FusedLinear, batch: int) -> Tensor:
-    channels, height, width = layer.x_shape
-    return _random(layer, batch, height, width, channels).permute(0, 3, 1, 2)
+def _inputs(passes: TritonPasses, batch: int, layer: FusedLinear) -> list[Tensor]:
+    """What passes take, where ``layer`` is."""
+    shapes = ((channels, height, width) for channels, height, width in passes.reads)
+    return [_random(layer, batch, h, w, c).permute(0, 3, 1, 2) for c, h, w in shapes]
 
 
 def _capability(device: torch.device) -> int:
