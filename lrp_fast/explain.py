@@ -202,10 +202,14 @@ class LRP:
             parameters = self._refresh_if_changed()
             self._check_inputs(inputs, parameters)
             observed = {name: self.plan.find(name) for name in layers}
-            targets = _targets(target, inputs.shape[0], self.device)
+            targets = _targets(target, inputs.shape[0])
             explain = self._explain_reference if self.backend == "reference" else self._explain_torch
-            with self._running():
-                return explain(inputs, targets, start, observed, relevance)
+            check_finite = _finite_check(inputs)
+            try:
+                with self._running():
+                    return explain(inputs, targets, start, observed, relevance)
+            finally:
+                check_finite()
 
     def audit(self, inputs: Tensor, target: Target = None, start: StartArgument = None) -> Audit:
         """Where relevance is lost, step by step (DESIGN §3, *Conservation*), by the float64 equations.
@@ -215,7 +219,8 @@ class LRP:
         with torch.inference_mode(False), torch.no_grad():
             parameters = self._refresh_if_changed()
             self._check_inputs(inputs, parameters)
-            targets = _targets(target, inputs.shape[0], self.device)
+            _finite_check(inputs)()
+            targets = _targets(target, inputs.shape[0])
             self.plan.shapes(tuple(inputs.shape), parameters)
             double = _double(parameters)
             with self._running():
@@ -427,6 +432,7 @@ class LRP:
                 raise ValueError(
                     f"target {int(chosen[bad][0])} is out of range: the model has classes 0 to {classes - 1}"
                 )
+            chosen = chosen.to(output.device, non_blocking=True)
         maps = chosen.t()  # K×N
         values = torch.ones_like(output) if start == "one" else output if start == "logit" else output.softmax(1)
         begin = values.new_zeros(len(maps), count, classes)
@@ -441,14 +447,31 @@ class LRP:
         if inputs.device != self.device:
             raise ValueError(f"the inputs are on {inputs.device} but the model is on {self.device}")
         self.plan.check_input(tuple(inputs.shape), parameters)
-        if inputs.shape[0] == 0:
-            raise ValueError(f"the batch is empty: got shape {tuple(inputs.shape)}")
-        finite = inputs.flatten(1).isfinite().all(1)
+        if inputs.ndim < 2 or inputs.numel() == 0:
+            raise ValueError(f"expected inputs N x C x H x W, none of it zero, got shape {tuple(inputs.shape)}")
+
+
+def _finite_check(inputs: Tensor) -> Callable[[], None]:
+    """What raises ``ValueError`` for inputs that are not finite.
+
+    On a CPU it does so at once. A GPU would have to be waited for, which is why it is asked now, and heard when it has all
+    its work.
+    """
+    finite, asked = inputs.abs().amax(tuple(range(1, inputs.ndim))) < math.inf, None  # NaN is not
+    if inputs.device.type == "cuda":
+        finite = finite.to("cpu", non_blocking=True)
+        asked = torch.cuda.current_stream(inputs.device).record_event()
+
+    def check() -> None:
+        if asked is not None:
+            asked.synchronize()
         if not bool(finite.all()):
-            samples = (~finite).nonzero().flatten().tolist()
-            raise ValueError(
-                f"the inputs are not finite (NaN or infinity) in sample {', '.join(map(str, samples[:10]))}"
-            )
+            samples = ", ".join(map(str, (~finite).nonzero().flatten().tolist()[:10]))
+            raise ValueError(f"the inputs are not finite (NaN or infinity) in sample {samples}")
+
+    if asked is None:
+        check()
+    return check
 
 
 def _triton() -> Any:
@@ -599,11 +622,12 @@ class _Targets(NamedTuple):
         return [_Targets(classes, self.single) for classes in self.classes.split(count)]
 
 
-def _targets(target: Target, count: int, device: torch.device) -> _Targets:
+def _targets(target: Target, count: int) -> _Targets:
+    """Classes where the caller has them, so that to look at them no GPU is waited for."""
     if target is None:
         return _Targets(None, True)
     try:
-        classes = torch.as_tensor(target, device=device)
+        classes = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"expected target as None, an int, or ints in a list or tensor of N or N x K, got {target!r}"

@@ -665,6 +665,24 @@ def test_bfloat16_on_the_device(model: nn.Module, images: Tensor, composite: str
 
 
 @gpu
+def test_bad_inputs_and_targets_on_the_device(model: nn.Module, images: Tensor) -> None:
+    """They are looked at while the GPU works."""
+    for options in ({}, {"cuda_graph": True}):
+        explainer = LRP(model, backend="triton", **options)
+        expected = explainer.explain(images, 1).heatmap
+        bad = torch.cat([images, images, images])
+        bad[1, 2, 3, 4], bad[-1, 0, 0, 0] = math.nan, -math.inf
+        for target in (None, 1):
+            with pytest.raises(ValueError, match=rf"not finite .* in sample 1, {len(bad) - 1}$"):
+                explainer.explain(bad, target)
+        for target in (1000, torch.full((len(images),), 1000), torch.full((len(images),), -1, device=DEVICE)):
+            with pytest.raises(ValueError, match="out of range"):
+                explainer.explain(images, target)
+        for target in (1, torch.ones(len(images), dtype=torch.int32, device=DEVICE)):
+            assert torch.equal(explainer.explain(images, target).heatmap, expected)
+
+
+@gpu
 def test_tune_on_the_device(
     model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
