@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,15 +22,17 @@ from lrp_fast.composites import STARTS, Assignment, Composite
 from lrp_fast.engine import Program, bind_linears
 from lrp_fast.layers import Shape
 from lrp_fast.memory import keep_freed_memory
-from lrp_fast.plan import Unit
+from lrp_fast.plan import TraceError, Unit
 from lrp_fast.scopes import current_device, float32_precision
 from lrp_fast.splits import Split, Splits, as_splits
-from lrp_fast.trace import check_eval, parameter_table, trace
+from lrp_fast.trace import check_eval, hooked, parameter_table, restored, trace
 
 logger = logging.getLogger("lrp_fast")
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+LOGITS_ERROR = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.05}
+"""How far logits may be from the model's, relative L2, before something else than rounding must be at work."""
 PROGRAMS_KEPT = 4
 """How many input shapes (with their layers and number of maps) stay bound at once: on a CPU each has its own packed weights."""
 
@@ -105,7 +108,8 @@ class LRP:
     Raises
     ------
     TraceError (a ``ValueError``)
-        The model is in training mode, or holds something without a relevance rule.
+        The model is in training mode, or holds something without a relevance rule. At the first explanation: what was traced
+        gives other logits than the model, which is called once with one image.
     ValueError, TypeError
         An argument is not one of the known ones; the text names those.
     """
@@ -128,14 +132,14 @@ class LRP:
         chosen = composite if isinstance(composite, Composite) else Composite.named(composite)
         self.composite = chosen if split is None else replace(chosen, splits=as_splits(split))
         self.model = model
-        self.plan = trace(model)
         self.compile = compile
         self.tf32 = tf32
         self.cuda_graph = cuda_graph
-        self._assignments: tuple[Assignment, ...] = self.composite.assign(self.plan)
+        self._trace()
         self._dtype = dtype
         self._linears: dict[int, LinearOperation] | None = None
         self._signature: object = None
+        self._checked = False
         self._programs: dict[object, _Runner] = {}
         self._largest: dict[Shape, int] = {}  # elements of the largest tensor, for an image's shape
         self.backend = backend
@@ -225,6 +229,7 @@ class LRP:
             double = _double(parameters)
             with self._running():
                 values = reference.forward(self.plan, double, inputs.double())
+                self._check_output(inputs, values[self.plan.output])
                 begin, _, single = self._start(values[self.plan.output], targets, start)
                 if not single:
                     raise ValueError(f"an audit takes one target or start for each image, got {begin.shape[0]}")
@@ -284,12 +289,27 @@ class LRP:
         return report
 
     def refresh(self) -> None:
-        """Read the model's weights again. Needed only after writes through ``.data``, which nothing else shows."""
-        self._linears = None
-        self._signature = None
-        self._programs.clear()
+        """Read the model again, as if the explainer was new.
+
+        Needed only after what nothing else shows: writes through ``.data`` or under ``torch.inference_mode``, and other
+        settings of a module, such as a stride. Other weights, and other modules in place of some, are seen.
+        """
+        self._trace()
+        self._forget()
 
     # Binding.
+
+    def _trace(self) -> None:
+        self.plan = trace(self.model)
+        self._assignments: tuple[Assignment, ...] = self.composite.assign(self.plan)
+        self._modules = tuple(self.model.modules())
+
+    def _forget(self) -> None:
+        """What was made of the weights."""
+        self._linears = None
+        self._signature = None
+        self._checked = False
+        self._programs.clear()
 
     def _place(self, parameters: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
         devices = {value.device for value in parameters.values()} or {torch.device("cpu")}
@@ -305,11 +325,12 @@ class LRP:
         return devices.pop(), torch.float64 if self.backend == "reference" else dtype
 
     def _refresh_if_changed(self) -> Mapping[str, Tensor]:
-        check_eval(self.model)
+        if check_eval(self.model) != self._modules:
+            self.refresh()
         parameters = parameter_table(self.model, self.plan)
         signature = tuple((p.data_ptr(), _version(p), p.dtype, p.device, p.shape) for p in parameters.values())
         if signature != self._signature:
-            self.refresh()
+            self._forget()
             self.device, self.dtype = self._place(parameters)
             if self.backend == "triton":
                 _triton().check_device(self.device, self.dtype)
@@ -386,6 +407,7 @@ class LRP:
         given = start.shape[1] if isinstance(start, Tensor) and start.ndim == 3 else targets.maps
         runner = self._program(inputs, frozenset(observed.values()), not relevance, given)
         output, tape = runner.forward(inputs)
+        self._check_output(inputs, output)
         begin, classes, single = self._start(output, targets, start)
         maps = begin.shape[0]
         r, at = runner.backward(tape, begin.flatten(0, 1))
@@ -402,6 +424,7 @@ class LRP:
         double = _double(parameters)
         values = reference.forward(self.plan, double, inputs.double())
         output = values[self.plan.output]
+        self._check_output(inputs, output)
         begin, classes, single = self._start(output, targets, start)
         results = [self._reference_backward(double, values, one).relevance for one in begin]
         found = {name: torch.stack([at[index] for at in results]) for name, index in observed.items()}
@@ -449,6 +472,38 @@ class LRP:
         self.plan.check_input(tuple(inputs.shape), parameters)
         if inputs.ndim < 2 or inputs.numel() == 0:
             raise ValueError(f"expected inputs N x C x H x W, none of it zero, got shape {tuple(inputs.shape)}")
+
+    def _check_output(self, inputs: Tensor, output: Tensor) -> None:
+        """Raise ``TraceError`` unless the first image's logits are the model's own; once, until the model changes.
+
+        What was traced could be something else than what the model computes. With hooks it may be, as a warning says.
+        """
+        self._checked = self._checked or bool(hooked(self.model))
+        if self._checked:
+            return
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), inputs.dtype)
+        with restored(self.model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the model warns of, its user has seen
+            expected = self.model(inputs[:1].to(dtype)).to(output)[0]
+        got, finite = output[0], expected.isfinite()
+        error = float((got - expected)[finite].norm() / expected[finite].norm().clamp(min=1e-6))
+        bound = max(LOGITS_ERROR[self.dtype], LOGITS_ERROR.get(dtype, 0.0))
+        same = error <= bound and torch.equal(got.isfinite(), finite)
+        self._checked = same and bool(finite.all())
+        if self._checked:
+            return
+        table = parameter_table(self.model, self.plan)
+        broken = [path for path, value in table.items() if not bool(value.isfinite().all())]
+        if broken:
+            raise TraceError(f"weights are not finite (NaN or infinity): {', '.join(broken[:5])}")
+        if not same and not bool(finite.all()):
+            raise TraceError("the model's own logits are not finite (NaN or infinity) on the first image")
+        if not same:
+            raise TraceError(
+                f"the logits of what was traced are not the model's: off by {error:.1%} on the first image. Its forward asks "
+                "what a trace cannot answer (about types, values or gradients), or a setting of a module was changed since "
+                "(then call refresh())"
+            )
 
 
 def _finite_check(inputs: Tensor) -> Callable[[], None]:

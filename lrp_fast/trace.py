@@ -130,10 +130,10 @@ def trace(model: nn.Module) -> Plan:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     check_eval(model)
-    hooked = [name or "the model" for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-    if hooked:
+    hooks = hooked(model)
+    if hooks:
         warnings.warn(
-            f"forward hooks at {', '.join(hooked[:5])} are not run and not part of the explanation", stacklevel=3
+            f"forward hooks at {', '.join(hooks[:5])} are not run and not part of the explanation", stacklevel=3
         )
     if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model):
         raise TraceError(
@@ -142,7 +142,7 @@ def trace(model: nn.Module) -> Plan:
         )
     _check_questions(model)
     tracer = _Tracer()
-    with _restored(model):
+    with restored(model):
         try:
             graph = tracer.trace(model, _constant_arguments(model))
         except TraceError:
@@ -152,8 +152,13 @@ def trace(model: nn.Module) -> Plan:
     return _Builder(model, tracer.module_outputs).build(graph)
 
 
+def hooked(model: nn.Module) -> list[str]:
+    """Which modules have forward hooks."""
+    return [name or "the model" for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Undo what a forward stores on its modules, which under tracing would be proxies."""
     modules = list(model.modules())
     tables = [table for m in modules for table in (vars(m), m._parameters, m._buffers, m._modules)]
@@ -167,14 +172,16 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 table.update(kept)
 
 
-def check_eval(model: nn.Module) -> None:
-    """Raise :class:`TraceError` if any module of the model is in training mode."""
-    if any(module.training for module in model.modules()):
+def check_eval(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of a model; raises :class:`TraceError` if any of them is in training mode."""
+    modules = tuple(model.modules())
+    if any(module.training for module in modules):
         training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
         raise TraceError(
             f"the model is in training mode ({', '.join(training[:5])}{', ...' if len(training) > 5 else ''}): "
             "call model.eval() first"
         )
+    return modules
 
 
 def _check_questions(model: nn.Module) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lrp_fast import LRP, Composite, Splits, TraceError, heat_quantize, list_composites
 from lrp_fast.engine import Program
@@ -195,11 +197,93 @@ def test_two_calls_give_equal_bits_and_new_weights_are_noticed(images: Tensor) -
     model.blocks[0] = calibrated(CifarResNet(1), 6, (8, 3, SIDE, SIDE)).blocks[0]
     changed = explainer.explain(images)
     assert torch.equal(changed.relevance, LRP(model).explain(images).relevance)
-    nn.utils.parametrize.register_parametrization(model.linear, "weight", Halved().eval())
-    model.eval()
+    prune.l1_unstructured(model.linear, "weight", 0.5)
     assert relative_error(explainer.explain(images).output, changed.output) > 1e-3
     with torch.no_grad():
         torch.testing.assert_close(explainer.explain(images).output, model(images))
+
+
+def test_other_modules_are_traced_anew(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    explainer.explain(images)
+    model.conv1 = nn.Conv2d(3, 16, 3, padding=2, dilation=2, bias=False).eval()
+    model.linear = nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10)).eval()
+    assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+    assert explainer.describe() == LRP(model).describe()
+    nn.utils.parametrize.register_parametrization(model.linear[0], "weight", Halved().eval())
+    model.eval()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="ParametrizedLinear has no relevance rule"):
+            explainer.explain(images)
+
+
+def test_other_settings_need_a_refresh(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    explainer.explain(images)
+    model.conv1.stride = (2, 2)
+    with torch.no_grad():
+        model.conv1.weight.mul_(1.0)
+    with pytest.raises(ValueError, match=r"not the model's: off by .*refresh\(\)"):
+        explainer.explain(images)
+    explainer.refresh()
+    assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+
+
+class Asks(nn.Module):
+    """Its forward is another one while it is traced."""
+
+    def __init__(self, asks: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.conv, self.linear, self.asks = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y = y if self.asks(y) else y.relu()
+        return self.linear(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda y: isinstance(y, Tensor),
+        lambda y: type(y) is Tensor,
+        lambda y: not hasattr(y, "anything"),
+        lambda y: not torch.is_grad_enabled(),
+    ],
+)
+def test_what_was_traced_is_what_the_model_computes(
+    asks: Callable[[Tensor], bool], backend: str, images: Tensor
+) -> None:
+    explainer = LRP(Asks(asks).eval(), backend=backend)
+    for call in (explainer.explain, explainer.explain, explainer.audit):
+        with pytest.raises(ValueError, match="logits of what was traced are not the model's: off by"):
+            call(images)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_weights_that_are_not_finite_are_named(images: Tensor, backend: str) -> None:
+    """oneDNN's ReLU makes zeros of NaN, and a map of them looks like any other."""
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model, backend=backend)
+    expected = explainer.explain(images)
+    whole = model.bn1.weight.detach().clone()
+    with torch.no_grad():
+        model.bn1.weight[5] = math.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"weights are not finite .*: bn1.weight$"):
+            explainer.explain(images)
+    with torch.no_grad():
+        model.bn1.weight.copy_(whole)
+    assert torch.equal(explainer.explain(images).relevance, expected.relevance)
+    model.bn1.running_var[5] = -1.0
+    if backend == "torch":
+        with pytest.raises(ValueError, match="own logits are not finite"):
+            explainer.explain(images)
+    else:
+        assert not bool(explainer.explain(images).output.isfinite().any())
 
 
 def test_weights_on_several_devices_are_refused_at_every_call(images: Tensor) -> None:

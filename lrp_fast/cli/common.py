@@ -21,6 +21,7 @@ from lrp_fast.explain import BACKENDS, DTYPES, LRP
 from lrp_fast.images import INTERPOLATIONS
 from lrp_fast.models import LoadedModel, ModelError, UnknownModelError
 from lrp_fast.pipeline import PipelineError
+from lrp_fast.plan import TraceError
 from lrp_fast.report import ForeignFileError, RunError
 from lrp_fast.splits import Splits, as_splits, list_splits
 from lrp_fast.store import SettingsError, StoreError
@@ -115,7 +116,9 @@ def reporting() -> Iterator[None]:
         stop(str(error), EXIT_USAGE)
     except torch.OutOfMemoryError as error:
         stop(f"out of memory, try a smaller --batch-size or --size: {error}", EXIT_ERROR)
-    except (CommandError, ModelError, RunError, PipelineError, StoreError, ForeignFileError, OSError) as error:
+    except (
+        CommandError, ModelError, TraceError, RunError, PipelineError, StoreError, ForeignFileError, OSError,
+    ) as error:  # fmt: skip
         stop(str(error), EXIT_ERROR)
     except KeyboardInterrupt:
         stop("interrupted", EXIT_INTERRUPTED)
