@@ -188,7 +188,8 @@ class BatchExplainer:
 
 def explained_numbers(result: Attribution, channels: Iterable[str]) -> dict[str, Tensor]:
     """What is kept of each image besides its map: the class, its probability, the leak, and relevance by channel."""
-    sums = {CHANNELS + name: result.layers[name].flatten(2).sum(2).float() for name in channels}
+    layers = {name: result.layers[name] for name in channels}
+    sums = {CHANNELS + name: x.reshape(*x.shape[:2], -1).sum(2).float() for name, x in layers.items()}
     return {"target": result.target, "probability": result.probability.float(), "leak": result.leak.float(), **sums}
 
 

@@ -240,7 +240,7 @@ class Maps(Column):
 
 
 class Relevances(Column):
-    """The relevance of one layer, float32 [N, C, H, W], scaled back."""
+    """The relevance of one layer, float32 [N, C, H, W] or [N, C], scaled back."""
 
     def __init__(self, store: Store, layer: str) -> None:
         super().__init__(store, RELEVANCE + layer)
@@ -248,7 +248,8 @@ class Relevances(Column):
 
     def _read(self, low: int, high: int) -> Array:
         rows = self._store.rows((self._name, self._scale), low, high)
-        return rows[self._name].astype(np.float32) * rows[self._scale][:, None, None, None]
+        values = rows[self._name].astype(np.float32)
+        return values * rows[self._scale].reshape(-1, *[1] * (values.ndim - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,9 +285,12 @@ class Store:
         if self.attributes.get("format") != FORMAT or self.attributes.get("format_version") != FORMAT_VERSION:
             got = f"{self.attributes.get('format')!r}, version {self.attributes.get('format_version')!r}"
             raise StoreError(f"{path}: expected {FORMAT!r}, version {FORMAT_VERSION}, got {got}")
-        described = self.attributes["layout"]
-        shapes = {name: tuple(shape) for name, shape in described["relevance"].items()}
-        self.layout = Layout(**{**described, "relevance": shapes})
+        try:
+            described = self.attributes["layout"]
+            shapes = {name: tuple(shape) for name, shape in described["relevance"].items()}
+            self.layout = Layout(**{**described, "relevance": shapes})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise StoreError(f"{path} does not say how it is laid out: {type(error).__name__}: {error}") from error
         self.heatmap = Maps(self)
         self.key, self.label = Column(self, "key"), Column(self, "label")
         self.target, self.probability = Column(self, "target"), Column(self, "probability")
@@ -294,7 +298,7 @@ class Store:
         self.channels = {name: Column(self, CHANNELS + name) for name in self.layout.channels}
         self.relevance = {name: Relevances(self, name) for name in self.layout.relevance}
         self._places: dict[str, int] | None = None
-        self.staged = {int(file.stem) for file in (path / STAGING).glob("*.npz")}
+        self.staged = {int(file.stem) for file in (path / STAGING).glob("*.npz") if file.stem.isdecimal()}
 
     def __len__(self) -> int:
         return self.layout.samples
@@ -335,13 +339,26 @@ class Store:
             elif strict:
                 file = _staged_file(self.path, batch)
                 raise StoreError(f"{file} can no longer be read; the same command computes what it held again")
-        found = {name: np.asarray(self._group[name][low:high]) for name in names}
+        found = {name: self._stored(name, low, high) for name in names}
         for batch, rows in staged.items():
             start, stop = self.layout.span(batch)
             first, last = max(start, low), min(stop, high)
             for name, values in rows.items():
                 found[name][first - low : last - low] = values[first - start : last - start]
         return found
+
+    def _stored(self, name: str, low: int, high: int) -> Array:
+        size = self.layout.shard_samples
+        try:
+            array = self._group[name]
+            for shard in range(low // size, -(-high // size)) if name == "heatmap" else ():
+                if is_lost(self.path, self._group, shard):
+                    raise StoreError(f"{self.path}: the maps {shard * size} to {(shard + 1) * size - 1} are gone")
+            return np.asarray(array[low:high])
+        except (KeyError, ValueError, RuntimeError, OSError) as error:
+            raise StoreError(
+                f"{self.path}: {name!r} of the samples {low} to {high - 1} cannot be read: {error}"
+            ) from error
 
     def staged_rows(self, batch: int, names: Sequence[str]) -> Rows | None:
         """Fields of what is staged of a batch, or None: nothing, or a file that is damaged."""
@@ -541,7 +558,10 @@ class StoreWriter:
                 _sync(file)
 
     def _recover(self) -> None:
-        """Bring what a stopped run left of this part into order: forget half-written files, compact what is due."""
+        """Bring what a stopped run left of this part into order: forget half-written files, compact what is due.
+
+        A shard whose maps are gone is not complete: its batches are computed again.
+        """
         for file in self.path.rglob("*.partial"):
             if _shard_of(file.relative_to(self.path), self.layout) in self._shards:
                 file.unlink()
@@ -549,13 +569,17 @@ class StoreWriter:
             if self.store.staged_rows(batch, tuple(self.layout.fields())) is None:
                 _staged_file(self.path, batch).unlink(missing_ok=True)
                 self.store.staged.discard(batch)
+        for shard in self._shards:
+            if is_lost(self.path, self._group, shard):
+                chunk_file(self.path, self._group["status"], shard).unlink()
         self.finish()
 
     def _compact(self, shard: int) -> None:
         batches = self.layout.batches_of(shard)
         low, high = self.layout.span(batches[0])[0], self.layout.span(batches[-1])[1]
         for name in self.layout.fields():  # status last: it says that all the others are there
-            array = self._group[name]
+            with _zarr().config.set({"array.write_empty_chunks": True}):  # what is not there is lost
+                array = self._group[name]
             array[low:high] = self.store.rows((name,), low, high, strict=True)[name]
             self._sync_chunk(name, shard, array)
         for batch in batches:
@@ -563,29 +587,41 @@ class StoreWriter:
                 self.store.staged.discard(batch)
                 _staged_file(self.path, batch).unlink(missing_ok=True)
 
-    def _chunk_file(self, name: str, shard: int, array: Any) -> Path:
-        place = (shard, *([0] * (array.ndim - 1)))
-        return self.path / name / array.metadata.encode_chunk_key(place)
-
     def _sync_chunk(self, name: str, shard: int, array: Any) -> None:
-        file = self._chunk_file(name, shard, array)
-        if file.exists():  # zarr leaves out a shard that holds nothing but zeros
-            for path in (file, *[parent for parent in file.parents if self.path / name in (parent, *parent.parents)]):
-                _sync(path)
+        file = chunk_file(self.path, array, shard)
+        for path in (file, *[parent for parent in file.parents if self.path / name in (parent, *parent.parents)]):
+            _sync(path)
 
     def _is_complete(self, shard: int) -> bool:
-        return self._chunk_file("status", shard, self._group["status"]).exists()
+        return chunk_file(self.path, self._group["status"], shard).exists()
+
+
+def chunk_file(path: Path, array: Any, shard: int) -> Path:
+    """The file of a shard's samples in an array of the store at ``path``."""
+    place = (shard, *([0] * (array.ndim - 1)))
+    return path / array.path / array.metadata.encode_chunk_key(place)
+
+
+def is_lost(path: Path, group: Any, shard: int) -> bool:
+    """Whether a shard that was complete has no maps any more."""
+    heatmap, status = (chunk_file(path, group[name], shard) for name in ("heatmap", "status"))
+    # In this order: of a shard just being compacted, maps come first. An empty file zarr takes for zeros.
+    return status.exists() and not (heatmap.exists() and heatmap.stat().st_size)
 
 
 def _create_array(group: Any, name: str, layout: Layout, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
     """An array of a shard's samples to each file; maps are compressed one by one, so that one can be read alone."""
-    from zarr.codecs import BloscCodec
+    from zarr.codecs import BloscCodec, Crc32cCodec
 
     stored: dict[str, Any] = {"chunks": (layout.shard_samples, *shape)}
     if len(shape) >= 2:
         # Neighbours in a map agree in sign, exponent and first digits: bits of the same place compress together.
         together = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
-        stored = {"chunks": (1, *shape), "shards": (layout.shard_samples, *shape), "compressors": together}
+        stored = {
+            "chunks": (1, *shape),
+            "shards": (layout.shard_samples, *shape),
+            "compressors": [together, Crc32cCodec()],
+        }
     fill: Any = "" if dtype is str else 0
     group.create_array(name, shape=(layout.samples, *shape), dtype=dtype, fill_value=fill, **stored)
 

@@ -290,6 +290,48 @@ def test_a_staged_file_that_cannot_be_read_never_counts_as_zeros(
     assert_equal(write_all(tmp_path / "s", maps, layout), expected)
 
 
+def test_a_byte_that_changed_is_noticed(tmp_path: Path) -> None:
+    write_all(tmp_path / "s", random_maps(11))
+    file = tmp_path / "s" / "heatmap" / "c" / "1" / "0" / "0"
+    content = bytearray(file.read_bytes())
+    content[20] ^= 1
+    file.write_bytes(content)
+    store = open_store(tmp_path / "s")
+    assert np.isfinite(store.heatmap[:4]).all()
+    with pytest.raises(StoreError, match="'heatmap' of the samples 4 to 7 cannot be read: .*checksum"):
+        _ = store.heatmap[4:8]
+    file.write_bytes(content[:40])
+    with pytest.raises(StoreError, match="'heatmap' of the samples 4 to 7 cannot be read"):
+        _ = open_store(tmp_path / "s").heatmap[4:8]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_maps_that_are_gone_are_no_zeros_and_computed_again(tmp_path: Path, empty: bool) -> None:
+    maps = torch.zeros(11, 4, 5) if empty else random_maps(11)
+    expected = write_all(tmp_path / "s", maps)
+    file = tmp_path / "s" / "heatmap" / "c" / "1" / "0" / "0"
+    file.write_bytes(b"") if empty else file.unlink()
+    store = open_store(tmp_path / "s")
+    assert np.array_equal(store.rows(("heatmap",), 8, 11)["heatmap"], expected["heatmap"][8:])
+    with pytest.raises(StoreError, match="the maps 4 to 7 are gone"):
+        _ = store.heatmap[:]
+    with writer(tmp_path / "s") as opened:
+        assert opened.pending() == [2, 3]
+    assert_equal(write_all(tmp_path / "s", maps), expected)
+
+
+def test_what_is_no_layout_is_named(tmp_path: Path) -> None:
+    write_all(tmp_path / "s", random_maps(11))
+    (tmp_path / "s" / ".staging" / "abc.npz").write_bytes(b"")
+    assert len(open_store(tmp_path / "s")) == 11
+    group = zarr.open_group(tmp_path / "s", mode="r+")
+    layout = group.attrs["layout"]
+    for other in ({**layout, "colour": 3}, {**layout, "relevance": 3}, None):
+        group.attrs["layout"] = other
+        with pytest.raises(StoreError, match="does not say how it is laid out"):
+            open_store(tmp_path / "s")
+
+
 def test_a_store_is_made_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "empty").mkdir()
@@ -481,7 +523,7 @@ def test_the_batch_size_of_a_store_can_be_adopted(tmp_path: Path) -> None:
 
 
 def test_relevance_of_layers_is_kept_whole(tmp_path: Path) -> None:
-    shapes = {"input": (3, 4, 5), "layer1.0": (7, 2, 3)}
+    shapes = {"input": (3, 4, 5), "layer1.0": (7, 2, 3), "fc": (9,)}
     layout = Layout(samples=5, batch_size=2, height=4, width=5, shard_batches=2, relevance=shapes)
     maps, whole = random_maps(5, layout), {name: torch.randn(5, *shape) * 1e-9 for name, shape in shapes.items()}
     whole["input"][2] = 0
@@ -496,7 +538,7 @@ def test_relevance_of_layers_is_kept_whole(tmp_path: Path) -> None:
     for name, expected in whole.items():
         found = torch.from_numpy(store.relevance[name][:])
         assert found.shape == expected.shape
-        scale = expected.flatten(1).abs().amax(1).view(-1, 1, 1, 1)
+        scale = expected.flatten(1).abs().amax(1).view(-1, *[1] * (expected.ndim - 1))
         assert (found - expected).abs().le(expected.abs() * 2.0**-11 + scale * 2.0**-24).all()
         assert np.array_equal(store.relevance[name][3], found[3])
 
