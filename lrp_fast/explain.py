@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -136,6 +137,8 @@ class LRP:
         self.tf32 = tf32
         self.cuda_graph = cuda_graph
         self._trace()
+        options: dict[str, Any] = {"backend": backend, "dtype": dtype, "compile": compile}
+        self._options = {**options, "tf32": tf32, "cuda_graph": cuda_graph, "keep_memory": keep_memory}
         self._dtype = dtype
         self._linears: dict[int, LinearOperation] | None = None
         self._signature: object = None
@@ -156,6 +159,10 @@ class LRP:
             )
         if keep_memory and self.device.type == "cpu":
             keep_freed_memory(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as what it was made of, the model with it; made again where it arrives."""
+        return partial(type(self), **self._options), (self.model, self.composite)
 
     # What users call.
 
@@ -186,7 +193,7 @@ class LRP:
         Parameters
         ----------
         inputs
-            N×C×H×W, floating, finite, on the model's device.
+            N×C×H×W (N×C×L, N×C×D×H×W, N × features), floating, finite, on the model's device.
         target
             None (the predicted class), one class for all, N classes, or N×K classes for K maps from one forward pass.
         start
@@ -205,7 +212,7 @@ class LRP:
         with torch.inference_mode(False), torch.no_grad():
             parameters = self._refresh_if_changed()
             self._check_inputs(inputs, parameters)
-            observed = {name: self.plan.find(name) for name in layers}
+            observed = self._observed(layers)
             targets = _targets(target, inputs.shape[0])
             explain = self._explain_reference if self.backend == "reference" else self._explain_torch
             check_finite = _finite_check(inputs)
@@ -462,6 +469,11 @@ class LRP:
         begin.scatter_(2, maps[..., None], values.expand(len(maps), -1, -1).gather(2, maps[..., None]))
         return begin, maps, targets.single
 
+    def _observed(self, layers: Sequence[str]) -> dict[str, int]:
+        if isinstance(layers, str) or not isinstance(layers, Collection) or any(not isinstance(x, str) for x in layers):
+            raise TypeError(f"expected layers as names in a list or tuple, got {layers!r}")
+        return {name: self.plan.find(name) for name in layers}
+
     def _check_inputs(self, inputs: Tensor, parameters: Mapping[str, Tensor]) -> None:
         if not isinstance(inputs, Tensor):
             raise TypeError(f"expected inputs as a tensor N x C x H x W, got {type(inputs).__name__}")
@@ -687,12 +699,14 @@ def _targets(target: Target, count: int) -> _Targets:
         raise TypeError(
             f"expected target as None, an int, or ints in a list or tensor of N or N x K, got {target!r}"
         ) from error
+    if classes.numel() == 0:
+        raise ValueError(f"expected one target, {count} targets (one for each input) or {count} x K, got none")
     if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
         raise TypeError(f"expected integer targets, got {classes.dtype}")
     classes = classes.to(torch.int64)
     if classes.ndim == 0:
         classes = classes.expand(count)
-    if classes.ndim > 2 or classes.shape[0] != count or classes.numel() == 0:
+    if classes.ndim > 2 or classes.shape[0] != count:
         raise ValueError(
             f"expected one target, {count} targets (one for each input) or {count} x K, got shape {tuple(classes.shape)}"
         )
@@ -731,7 +745,7 @@ def _assemble(
     relevance = placed(relevance)
     channel = 1 if single else 2
     heatmap = relevance.sum(channel)
-    total = heatmap.flatten(channel).sum(channel, dtype=torch.float64)
+    total = heatmap.reshape(*heatmap.shape[:channel], -1).sum(channel, dtype=torch.float64)
     begin = placed(start).sum(-1, dtype=torch.float64)
     leak = torch.where((begin == 0) & (total == 0), 0.0, (begin - total) / begin)
     return Attribution(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from numbers import Integral
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from torch import Tensor
 
 POSITIVE_COLORMAP = "inferno"
 SIGNED_COLORMAP = "RdBu_r"
+MOST_LEVELS = 65536
+"""More than a float16 tells apart; each map has a list of its levels."""
 SMOOTHING_SHARE = 1 / 32
 """Default smoothing of an overlay, as a share of the map's shorter side: residual networks with strided 1x1 projections
 leave dots on a grid of 8 to 32 pixels, which this joins into regions."""
@@ -31,12 +34,13 @@ def heat_quantize(heatmap: Tensor, levels: int = 8) -> Tensor:
     a value equal to a level stays, no value rises, and quantizing twice changes nothing. A constant map stays as it is.
 
     Raises ``TypeError`` for a tensor that is not floating or levels that are not an integer, ``ValueError`` for fewer
-    than 2 levels, fewer than 2 dimensions, an empty map, or a value that is not finite.
+    than 2 levels or more than 65536, fewer than 2 dimensions, an empty map, or a value that is not finite.
     """
-    if isinstance(levels, bool) or not isinstance(levels, int):
+    if isinstance(levels, bool) or not isinstance(levels, Integral):
         raise TypeError(f"levels must be an integer of at least 2, got {levels!r}")
-    if levels < 2:
-        raise ValueError(f"levels must be at least 2 (the minimum and the maximum), got {levels}")
+    if not 2 <= levels <= MOST_LEVELS:
+        raise ValueError(f"levels are 2 (the minimum and the maximum) to {MOST_LEVELS}, got {levels}")
+    levels = int(levels)
     _check_maps(heatmap)
     if heatmap.shape.numel() == 0:
         return heatmap.clone()

@@ -27,6 +27,8 @@ from torch import Tensor
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """What Pillow may decode here: no format that starts another program (EPS) or describes a drawing (WMF)."""
 
+MANIFEST = ".lrp-fast-files"
+"""In a folder that results are written into: their names, a line each."""
 SUFFIXES = frozenset({
     ".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
     ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
@@ -264,7 +266,8 @@ def find_images(paths: Iterable[Path], exclude: Path | None = None) -> list[Path
 
     A file named by itself is always listed, whatever its name, also when it does not exist, so that its failure is
     reported. Folders are searched through, following no links to folders, for the known suffixes in any case; names
-    that begin with a dot are passed over, and so is the folder ``exclude`` (where results are being written).
+    that begin with a dot are passed over, and so are the folder ``exclude`` (where results are being written) and what
+    lrp_fast has written before.
     """
     found: dict[Path, Path] = {}
     excluded = exclude.resolve() if exclude is not None else None
@@ -280,8 +283,17 @@ def _search(folder: Path, excluded: Path | None) -> list[Path]:
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() != excluded
         )
-        files += [Path(parent) / name for name in names if _has_image_name(name)]
+        ours = written_into(Path(parent)) if MANIFEST in names else set()
+        files += [Path(parent) / name for name in names if _has_image_name(name) and name not in ours]
     return sorted(files)
+
+
+def written_into(folder: Path) -> set[str]:
+    """The names of the files that lrp_fast has written into a folder, as that says itself."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return set()
+    return set(manifest.read_text(encoding="utf-8", errors="replace").splitlines())
 
 
 def _has_image_name(name: str) -> bool:

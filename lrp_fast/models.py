@@ -29,6 +29,8 @@ TORCHVISION_MODELS = (
 )  # fmt: skip
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
+MOST_WRAPPERS = 8
+"""A file can hold itself."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 5
 """How many keys of each kind an error lists before it only counts."""
@@ -274,7 +276,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
             f"{path} is not a readable PyTorch weights file ({type(error).__name__}: {_reason(error)})"
         ) from error
     about: Mapping[str, Any] = {}
-    while isinstance(content, Mapping):
+    for _ in range(MOST_WRAPPERS):
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             return {str(key): value for key, value in content.items()}, about
@@ -293,7 +297,10 @@ def _parse_text(value: object) -> str | None:
     """Metadata as text; safetensors' may be JSON."""
     if not isinstance(value, str):
         return None
-    return json.loads(value) if value.startswith('"') and value.endswith('"') else value
+    try:
+        return str(json.loads(value)) if value.startswith('"') and value.endswith('"') else value
+    except json.JSONDecodeError:
+        return value
 
 
 def _parse_classes(value: object, path: Path) -> tuple[str, ...] | None:

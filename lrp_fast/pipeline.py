@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -319,7 +321,14 @@ def _begin_worker(worker: int) -> None:
     A DataLoader's worker looks at its own parent for this, which here is the server that forked it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _say_unless_left_alone
     threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _say_unless_left_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a connection that the main process, interrupted, has closed, nobody needs to hear."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with_the_main_process() -> None:

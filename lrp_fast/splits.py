@@ -41,6 +41,14 @@ def _ratio(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     return weight, 1 - weight
 
 
+def _halves(residual: Tensor, skip: Tensor) -> tuple[float, float]:
+    return 0.5, 0.5
+
+
+def _residual_only(residual: Tensor, skip: Tensor) -> tuple[float, float]:
+    return 1.0, 0.0
+
+
 def _signed(residual: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
     total = SIGNED_STABILIZER(residual + skip)
     return residual / total, skip / total
@@ -50,8 +58,8 @@ SIGNED_STABILIZER = Stabilizer(1e-6)
 
 _SPLITS = (
     Split("ratio", "|F| / (|F|+|S|), and 1/2 where both are 0: the paper's", True, True, _ratio, True),
-    Split("symmetric", "one half each", True, True, lambda residual, skip: (0.5, 0.5)),
-    Split("residual-only", "everything to the residual branch", False, True, lambda residual, skip: (1.0, 0.0)),
+    Split("symmetric", "one half each", True, True, _halves),
+    Split("residual-only", "everything to the residual branch", False, True, _residual_only),
     Split("signed", "F / stab(F+S), as zennit's Norm", True, False, _signed, True),
 )
 _BY_NAME = {split.name: split for split in _SPLITS}

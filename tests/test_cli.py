@@ -303,7 +303,15 @@ def test_more_mistakes_in_the_command(weights: Path, tmp_path: Path) -> None:
     assert (result.exit_code, "results need their own" in one_line_of_error(result)) == (2, True)
     result = attribute(weights, picture, picture)
     assert (result.exit_code, "is a file, expected a folder" in one_line_of_error(result)) == (2, True)
-    for options in (["--levels", 1], ["--batch-size", 0], ["--size", 8], ["--smooth", -1], ["--nonsense"]):
+    for options in (
+        ["--levels", 1],
+        ["--batch-size", 0],
+        ["--size", 8],
+        ["--smooth", -1],
+        ["--smooth", "inf"],
+        ["--levels", 65537],
+        ["--nonsense"],
+    ):
         assert attribute(weights, picture, tmp_path / "out", *options).exit_code == 2
     assert lrp_fast("attribute", picture).exit_code == 2
     assert lrp_fast("attribute", picture, "--weights", tmp_path / "none.pth", "-o", tmp_path / "out").exit_code == 2
@@ -324,6 +332,17 @@ def test_a_model_without_rules_is_one_line(tmp_path: Path) -> None:
     result = attribute(tmp_path / "weights.safetensors", file, tmp_path / "out", "--model", "timm:efficientnet_b0")
     assert result.exit_code == 1
     assert "timm:efficientnet_b0: " in one_line_of_error(result)
+
+
+def test_a_model_that_gives_no_numbers_is_one_line(tmp_path: Path) -> None:
+    """Weights that are finite can still make none."""
+    model = resnet18(num_classes=3)
+    model.bn1.running_var[5] = -1.0
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    file = draw(tmp_path / "a.png")
+    result = attribute(tmp_path / "weights.safetensors", file, tmp_path / "out", "--model", "resnet18")
+    assert result.exit_code == 1
+    assert "logits are not finite" in one_line_of_error(result)
 
 
 def test_a_mean_over_nothing_is_not_reported(weights: Path, tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_drawn_pictures_and_overridden_preprocessing(tmp_path: Path) -> None:
         (["--devices", "cpu,meta"], "expected devices of one kind"),
         (["--engine", "dask"], "unknown engine 'dask'; known: local, ray"),
         (["--engine", "ray", "--shard", "0/2"], "finds its devices by itself"),
+        (["--address", "auto"], "goes with --engine ray"),
         (["--relevance", "layer9"], "no layer named 'layer9'"),
         (["--mean", "a,b"], "--mean: expected three numbers"),
         (["--source-split", "test"], "has no split 'test'"),

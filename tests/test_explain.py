@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import math
+import pickle
 import subprocess
 import sys
 import weakref
@@ -336,6 +337,29 @@ def test_result_does_not_depend_on_the_callers_modes(model: nn.Module, images: T
     strided = torch.randn(4, SIDE, SIDE, 6).permute(0, 3, 1, 2)[:, ::2]
     copied = strided.contiguous()
     assert relative_error(explainer.explain(strided).relevance, explainer.explain(copied).relevance) <= 1e-6
+
+
+def test_copies_and_pickles_are_explainers_of_their_own(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    composite = Composite.named("epsilon_plus").with_rule("blocks.1.*", Gamma(0.25)).with_rule(nn.Linear, Epsilon(1e-3))
+    explainer = LRP(model, composite, split="symmetric", dtype=torch.float64)
+    expected = explainer.explain(images).relevance
+    for made in (copy.deepcopy(explainer), pickle.loads(pickle.dumps(explainer))):
+        assert made.describe() == explainer.describe()
+        assert torch.equal(made.explain(images).relevance, expected)
+        assert made.model is not model
+    assert copy.copy(explainer).model is model
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_features_are_explained_as_pixels_are(backend: str) -> None:
+    model, x = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(3, 10)
+    result = LRP(model, backend=backend).explain(x)
+    assert result.relevance.shape == (3, 10)
+    assert torch.equal(result.heatmap, result.relevance.sum(1))
+    assert torch.allclose(result.leak, 1 - result.heatmap / result.start, atol=1e-5)
+    several = LRP(model, backend=backend).explain(x, [[0, 1]] * 3, relevance=False)
+    assert several.heatmap.shape == (3, 2)
 
 
 def test_zero_initialised_branches_are_finite(images: Tensor) -> None:
@@ -679,7 +703,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=f"{number}.*0 to 9"):
             LRP(model).explain(images, target)
 
-    @pytest.mark.parametrize("target", [[1, 2], torch.zeros(4, 0, dtype=torch.int64), torch.zeros(4, 1, 1).long()])
+    @pytest.mark.parametrize("target", [[], [1, 2], torch.zeros(4, 0, dtype=torch.int64), torch.zeros(4, 1, 1).long()])
     def test_target_of_wrong_shape(self, model: nn.Module, images: Tensor, target: list[int] | Tensor) -> None:
         with pytest.raises(ValueError, match="4"):
             LRP(model).explain(images, target)
@@ -705,6 +729,10 @@ class TestErrors:
     def test_layers(self, model: nn.Module, images: Tensor) -> None:
         with pytest.raises(ValueError, match=r"'blocks\.7'.*blocks\.0"):
             LRP(model).explain(images, layers=("blocks.7",))
+        layers: Any
+        for layers in (None, "blocks.0", [3]):
+            with pytest.raises(TypeError, match="expected layers as names in a list or tuple, got"):
+                LRP(model).explain(images, layers=layers)
 
 
 def test_importing_is_light() -> None:

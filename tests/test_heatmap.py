@@ -102,7 +102,8 @@ def test_quantize_maps_that_span_a_few_units_in_the_last_place() -> None:
 @pytest.mark.parametrize(
     ("heatmap", "levels", "error", "message"),
     [
-        (torch.rand(4, 4), 1, ValueError, "at least 2"),
+        (torch.rand(4, 4), 1, ValueError, "levels are 2 .* to 65536, got 1"),
+        (torch.rand(4, 4), 10**9, ValueError, "to 65536, got 1000000000"),
         (torch.rand(4, 4), 2.5, TypeError, "integer"),
         (torch.rand(4, 4), True, TypeError, "integer"),
         (torch.ones(4, 4, dtype=torch.int64), 8, TypeError, "int64"),

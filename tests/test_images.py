@@ -248,11 +248,12 @@ def test_a_loaded_picture_shows_what_the_network_gets(tmp_path: Path) -> None:
 
 def test_finding_pictures(tmp_path: Path) -> None:
     inside = ["b.PNG", "a.jpg", "sub/c.jpeg", "sub/deeper/d.webp"]
-    outside = ["notes.txt", ".hidden.png", ".cache/e.png", "results/f.png"]
+    outside = ["notes.txt", ".hidden.png", ".cache/e.png", "results/f.png", "sub/ours.png"]
     for name in inside + outside:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "sub" / ".lrp-fast-files").write_text("ours.png\nresults.csv\n")  # an earlier run's
     found = find_images([tmp_path], exclude=tmp_path / "results")
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "b.PNG", "sub/c.jpeg", "sub/deeper/d.webp"]
     named = [tmp_path / "notes.txt", tmp_path / "missing.png", tmp_path / "sub", tmp_path / "sub" / "c.jpeg"]

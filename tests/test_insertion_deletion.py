@@ -213,7 +213,7 @@ def test_a_single_point_is_its_own_value(order: str) -> None:
 
 def test_fractions_are_the_shares_of_the_masks() -> None:
     arguments = Network(), pictures(1, 9, 8), torch.randn(1, 9, 8), torch.tensor([2])
-    rank = insertion_deletion(*arguments, step=20).fractions
+    rank = insertion_deletion(*arguments, step=np.int64(20)).fractions
     assert rank.tolist() == pytest.approx([0, 20 / 72, 40 / 72, 60 / 72, 1])
     threshold = insertion_deletion(*arguments, step=20, order="threshold").fractions
     assert threshold.tolist() == pytest.approx([21 / 72, 41 / 72, 61 / 72, 1])

@@ -202,6 +202,20 @@ def test_other_misfits(network: nn.Module, tmp_path: Path, change: dict[str, Any
         load_model("resnet18", tmp_path / "weights.pth")
 
 
+def test_a_file_that_holds_itself(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="holds a dict; expected a state dict"):
+        load_model("resnet18", tmp_path / "w.pt")
+
+
+def test_an_architecture_that_is_no_json(network: nn.Module, tmp_path: Path) -> None:
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "w.safetensors", {"arch": '"a\\"'})
+    with pytest.raises(ModelError, match="unknown model"):
+        load_model(None, tmp_path / "w.safetensors")
+
+
 def test_wrong_class_names_and_missing_architecture(network: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(network.state_dict(), path, {"classes": "one,two"})

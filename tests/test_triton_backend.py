@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, so networks and images ar
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import json
@@ -544,6 +545,11 @@ def tuned(model: nn.Module, composite: str, choices: Choices, timed: Any, **opti
     explainer = LRP(model, composite, backend="triton", **options)
     program = explainer._program(torch.randn(SHAPE, device=DEVICE), frozenset(), False).program
     return backend.tune(program.units, program.passes, SHAPE[0], choices, timed)
+
+
+def test_a_copy_runs_in_the_same_kernels(model: nn.Module) -> None:
+    explainer = LRP(model, backend="triton")
+    assert copy.deepcopy(explainer).describe(SHAPE) == explainer.describe(SHAPE)
 
 
 def test_tuning_keeps_the_fastest_and_stays_right(model: nn.Module, images: Tensor, tmp_path: pathlib.Path) -> None:

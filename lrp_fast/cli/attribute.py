@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lrp_fast.composites import Composite
 from lrp_fast.explain import BACKENDS
-from lrp_fast.heatmap import default_smoothing
+from lrp_fast.heatmap import MOST_LEVELS, default_smoothing
 from lrp_fast.images import find_images
 from lrp_fast.models import LoadedModel, load_model
 from lrp_fast.report import PAGE, Failure, Outcome, Run, RunOptions
@@ -62,7 +63,7 @@ def attribute(
         str | None, typer.Option(help="The class to explain, by number or name. Default: the predicted one.")
     ] = None,
     heat_quantization: Annotated[bool, typer.Option(help="Cut overlays to a few levels; maps stay.")] = True,
-    levels: Annotated[int, typer.Option(min=2, help="Levels of the heat quantization.")] = 8,
+    levels: Annotated[int, typer.Option(min=2, max=MOST_LEVELS, help="Levels of the heat quantization.")] = 8,
     smooth: Annotated[
         float | None,
         typer.Option(min=0, help="Blur overlays by this many pixels; 0 shows exact ones. Default: size / 32."),
@@ -78,6 +79,8 @@ def attribute(
 ) -> None:
     """Explain pictures: for each an overlay (.png) and the raw map (.npy), a results.csv and an index.html gallery."""
     check_choice("--backend: unknown backend", backend, BACKENDS)
+    if smooth is not None and not math.isfinite(smooth):
+        raise UsageError(f"--smooth: expected a number of pixels, got {smooth}")
     check_rules(composite, split)
     files = _find_files(images, output)
     loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)

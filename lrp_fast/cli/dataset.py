@@ -117,6 +117,8 @@ def attribute_dataset(
     places = _find_devices(device, devices)
     if engine == "ray" and (devices is not None or shard is not None or device != "auto"):
         raise UsageError("--engine ray finds its devices by itself: leave out --device, --devices and --shard")
+    if engine != "ray" and address is not None:
+        raise UsageError("--address is of a Ray cluster: it goes with --engine ray")
     samples = find_source(source, kind, source_split, exclude=output)
     loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)
     setup = Setup(loaded, composite_for(loaded, composite, split), backend, DTYPE_NAMES[dtype])

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-MANIFEST = ".lrp-fast-files"
+from lrp_fast.images import MANIFEST, written_into
+
 TABLE = "results.csv"
 PAGE = "index.html"
 COLUMNS = ("file", "class", "class_index", "probability", "leak", "status", "reason", "overlay", "map")
@@ -114,7 +115,7 @@ class OutputFolder:
 
     def __enter__(self) -> OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._ours = self._read_manifest()
+        self._ours = written_into(self.path)
         foreign = [name for name in self._planned if name not in self._ours and os.path.lexists(self.path / name)]
         if foreign:
             listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
@@ -145,12 +146,6 @@ class OutputFolder:
         self._own(name)
         write_whole(self.path / name, content, sync=False)
         return name
-
-    def _read_manifest(self) -> set[str]:
-        manifest = self.path / MANIFEST
-        if not manifest.is_file():
-            return set()
-        return set(manifest.read_text(encoding="utf-8", errors="replace").splitlines())
 
     def _own(self, name: str) -> None:
         if name not in self._ours:

@@ -249,7 +249,7 @@ def _serve_merge(
     unit: Unit, operation: MergeOperation, units: Sequence[Unit], served: Sequence[Served], shape: Shape, batch: int,
     choices: Choices,
 ) -> Served:  # fmt: skip
-    if operation.split.name not in SPLITS or get_split(operation.split.name) is not operation.split:
+    if operation.split.name not in SPLITS or get_split(operation.split.name) != operation.split:
         return f"no kernel knows the split {operation.split.name!r}"
     if any(zeros is not None for zeros in operation.zeros):
         return "a branch is constant in places"
