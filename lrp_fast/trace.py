@@ -135,6 +135,8 @@ def trace(model: nn.Module) -> Plan:
         warnings.warn(
             f"forward hooks at {', '.join(hooks[:5])} are not run and not part of the explanation", stacklevel=3
         )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TraceError(f"{type(model).__name__} runs copies of a model; give the model itself, its .module")
     if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model):
         raise TraceError(
             f"{type(model).__name__}: its forward is compiled or was replaced on the object, so what it computes "

@@ -974,3 +974,9 @@ def test_signs_that_are_known() -> None:
     assert not signs["fc"]
     cifar = trace(CifarResNet().eval())
     assert all(step.nonnegative for step in cifar.steps if isinstance(step.layer, Pad))
+
+
+def test_copies_of_a_model_are_not_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2)).eval()
+    with pytest.raises(TraceError, match=r"give the model itself, its \.module"):
+        trace(nn.DataParallel(model).eval())

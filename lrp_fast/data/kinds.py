@@ -113,5 +113,5 @@ def _kind_of(path: Path) -> str:
     if path.suffix.lower() in (".csv", ".parquet"):
         return "manifest"
     raise SourceError(
-        f"{path} is neither a folder nor a .csv, .parquet or .tar file nor {embedded.PREFIX}COUNT; say what it is with a kind"
+        f"{path} is neither a folder nor a .csv, .parquet or .tar file nor {embedded.PREFIX}COUNT; say which kind it is (--kind)"
     )
