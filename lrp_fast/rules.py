@@ -161,13 +161,18 @@ def Gamma(gamma: float = 0.25, stabilizer: float = 1e-6) -> Rule:  # noqa: N802
     return Rule("gamma", (("gamma", gamma), ("stabilizer", stabilizer)), groups, Stabilizer(stabilizer))
 
 
+Bound = float | Sequence[float] | Tensor | None
+"""Of pixels."""
+
+
 def ZBox(  # noqa: N802
-    low: float | Sequence[float] | None = None, high: float | Sequence[float] | None = None, stabilizer: float = 1e-6
+    low: Bound = None, high: Bound = None, stabilizer: float = 1e-6
 ) -> Rule:
     """For pixels in [low, high]: ``z = A(x, W) − A(low, W⁺) − A(high, W⁻)`` (Montavon et al. 2017).
 
-    ``low`` and ``high`` are numbers, or one number per input channel, in the model's (normalised) units; they default
-    to black and white under ImageNet's normalisation. Raises ``ValueError`` where low is not below high.
+    ``low`` and ``high`` are numbers, or one number per input channel (in a list, or a tensor C, C×1×1 or 1×C×1×1), in the
+    model's (normalised) units; they default to black and white under ImageNet's normalisation. Raises ``ValueError`` where
+    low is not below high.
     """
     lows = _bound(low, [(0 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
     highs = _bound(high, [(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
@@ -182,9 +187,13 @@ def ZBox(  # noqa: N802
     return Rule("z-box", parameters, (Group(products, bias=None),), Stabilizer(stabilizer))
 
 
-def _bound(value: float | Sequence[float] | None, default: Sequence[float]) -> tuple[float, ...]:
+def _bound(value: Bound, default: Sequence[float]) -> tuple[float, ...]:
     if value is None:
         return tuple(default)
+    if isinstance(value, Tensor):
+        if value.squeeze().ndim > 1:
+            raise ValueError(f"a pixel bound is a number for each channel, got a tensor of shape {tuple(value.shape)}")
+        value = value.flatten().tolist()
     values = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"a pixel bound needs finite numbers, got {value!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_composites import SmallResNet
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrp_fast import LRP
 from lrp_fast.metrics import Conservation, audit_dataset, step_losses
@@ -53,6 +53,15 @@ def test_of_explained_batches() -> None:
     kept = Conservation.of([LRP(SmallResNet(), "conserving").explain(images)])
     assert kept.largest <= 1e-5
     assert kept.slope == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("targets", [None, [[0, 1]] * 3])
+def test_of_signals_and_features(targets: list[list[int]] | None) -> None:
+    signals = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 3)).eval()
+    features = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    for model, x in ((signals, torch.randn(3, 2, 9)), (features, torch.randn(3, 6))):
+        result = LRP(model).explain(x, targets)
+        assert Conservation.of([result]).leak.tolist() == pytest.approx(result.leak.flatten().tolist(), abs=1e-5)
 
 
 def test_conservation_refuses() -> None:

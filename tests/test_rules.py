@@ -102,6 +102,15 @@ def test_pixel_bounds_must_agree_in_number_and_be_finite() -> None:
             ZBox(low=broken)
 
 
+def test_pixel_bounds_can_be_tensors() -> None:
+    low, high = [-2.0, -1.5, -1.25], [2.0, 1.5, 1.25]
+    for shape in ((3,), (3, 1, 1), (1, 3, 1, 1)):
+        assert ZBox(torch.tensor(low).view(shape), torch.tensor(high).view(shape)) == ZBox(low, high)
+    assert ZBox(torch.tensor(-1.5), 2.0) == ZBox(-1.5, 2.0)
+    with pytest.raises(ValueError, match=r"a number for each channel, got a tensor of shape \(1, 3, 4, 4\)"):
+        ZBox(torch.zeros(1, 3, 4, 4), 1.0)
+
+
 def test_pixel_bounds_default_to_black_and_white() -> None:
     rule = ZBox()
     pixels = torch.tensor([[0.0] * 3, [1.0] * 3], dtype=torch.float64)

@@ -38,7 +38,10 @@ class Conservation:
     @classmethod
     def of(cls, attributions: Iterable[Attribution]) -> Conservation:
         """That of explained batches: ``total`` is each heatmap's sum."""
-        pairs = [(each.start.flatten(), each.heatmap.double().sum((-2, -1)).flatten()) for each in attributions]
+        pairs = []
+        for each in attributions:
+            total = each.heatmap.double().reshape(*each.start.shape, -1).sum(-1)  # over whatever space there is
+            pairs.append((each.start.flatten(), total.flatten()))
         if not pairs:
             raise ValueError("expected at least one attribution, got none")
         return cls(torch.cat([start for start, _ in pairs]), torch.cat([total for _, total in pairs]))
