@@ -26,7 +26,7 @@ from lrp_fast.backends.torch import (
 )
 from lrp_fast.composites import Assignment
 from lrp_fast.layers import AdaptiveMaxPool, Average, Dense, Input, Linear, MaxPool, Merge, Parameters, ReLU, Shape
-from lrp_fast.plan import Numerator, Plan, Unit
+from lrp_fast.plan import Numerator, Plan, Unit, readers_of
 from lrp_fast.rules import ZeroGuard
 
 Operation = LinearOperation | ProportionalPool | WinnerPool | MergeOperation | None
@@ -84,22 +84,16 @@ class Program:
             self.position[unit.step] = place
             self.position[unit.output] = place
         self.observed = {step: self.position[step] for step in observed}
-        readers = [unit for unit in self.units if 0 in unit.inputs]
-        summing = [op for unit in readers if isinstance(op := self.operations[unit.step], LinearOperation)]
-        sums = len(summing) == len(readers) and all(operation.sums_channels for operation in summing)
+        readers = readers_of(self.units)
+        reading = [self.operations[self.units[place].step] for place in readers[0]]
+        sums = all(isinstance(operation, LinearOperation) and operation.sums_channels for operation in reading)
         self.direct_heatmap = heatmap and sums and 0 not in self.observed
-        self.last_reader = [0] * len(self.units)
-        first_reader = [len(self.units)] * len(self.units)
-        for place, unit in enumerate(self.units):
-            for source in unit.inputs:
-                self.last_reader[source] = place
-                first_reader[source] = min(first_reader[source], place)
+        self.last_reader = [places[-1] if places else 0 for places in readers]
         served = ["" for _ in self.units] if serve is None else serve(self.units, self.operations, shapes)
         self.service = [found.service if isinstance(found, Passes) else found for found in served]
         self.passes = [found if isinstance(found, Passes) else None for found in served]
-        # Backward, the first reader is the last to send.
         self.settles = [
-            len(unit.inputs) == 1 and first_reader[unit.inputs[0]] == place
+            len(unit.inputs) == 1 and readers[unit.inputs[0]][0] == place
             and self.passes[unit.inputs[0]] is not None
             and unit.inputs[0] not in self.observed.values()
             for place, unit in enumerate(self.units)

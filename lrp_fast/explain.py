@@ -136,14 +136,9 @@ class LRP:
         self.compile = compile
         self.tf32 = tf32
         self.cuda_graph = cuda_graph
-        self._trace()
-        options: dict[str, Any] = {"backend": backend, "dtype": dtype, "compile": compile}
-        self._options = {**options, "tf32": tf32, "cuda_graph": cuda_graph, "keep_memory": keep_memory}
-        self._dtype = dtype
-        self._linears: dict[int, LinearOperation] | None = None
-        self._signature: object = None
-        self._checked = False
-        self._programs: dict[object, _Runner] = {}
+        self.keep_memory = keep_memory
+        self._backend, self._dtype = backend, dtype  # as asked for
+        self.refresh()
         self._largest: dict[Shape, int] = {}  # elements of the largest tensor, for an image's shape
         self.backend = backend
         self.device, self.dtype = self._place(parameter_table(model, self.plan))
@@ -162,7 +157,11 @@ class LRP:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as what it was made of, the model with it; made again where it arrives."""
-        return partial(type(self), **self._options), (self.model, self.composite)
+        make = partial(
+            type(self), backend=self._backend, dtype=self._dtype, compile=self.compile, tf32=self.tf32,
+            cuda_graph=self.cuda_graph, keep_memory=self.keep_memory,
+        )  # fmt: skip
+        return make, (self.model, self.composite)
 
     # What users call.
 
@@ -313,10 +312,10 @@ class LRP:
 
     def _forget(self) -> None:
         """What was made of the weights."""
-        self._linears = None
-        self._signature = None
+        self._linears: dict[int, LinearOperation] | None = None
+        self._signature: object = None
         self._checked = False
-        self._programs.clear()
+        self._programs: dict[object, _Runner] = {}
 
     def _place(self, parameters: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
         devices = {value.device for value in parameters.values()} or {torch.device("cpu")}
@@ -699,17 +698,16 @@ def _targets(target: Target, count: int) -> _Targets:
         raise TypeError(
             f"expected target as None, an int, or ints in a list or tensor of N or N x K, got {target!r}"
         ) from error
+    expected = f"expected one target, {count} targets (one for each input) or {count} x K"
     if classes.numel() == 0:
-        raise ValueError(f"expected one target, {count} targets (one for each input) or {count} x K, got none")
+        raise ValueError(f"{expected}, got shape {tuple(classes.shape)}")
     if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
         raise TypeError(f"expected integer targets, got {classes.dtype}")
     classes = classes.to(torch.int64)
     if classes.ndim == 0:
         classes = classes.expand(count)
     if classes.ndim > 2 or classes.shape[0] != count:
-        raise ValueError(
-            f"expected one target, {count} targets (one for each input) or {count} x K, got shape {tuple(classes.shape)}"
-        )
+        raise ValueError(f"{expected}, got shape {tuple(classes.shape)}")
     return _Targets(classes if classes.ndim == 2 else classes[:, None], classes.ndim == 1)
 
 

@@ -283,7 +283,7 @@ def _search(folder: Path, excluded: Path | None) -> list[Path]:
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() != excluded
         )
-        ours = written_into(Path(parent)) if MANIFEST in names else set()
+        ours = written_into(Path(parent))
         files += [Path(parent) / name for name in names if _has_image_name(name) and name not in ours]
     return sorted(files)
 

@@ -6,7 +6,7 @@ Everything that computes relevance works on a plan and a table of parameters, ne
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -73,6 +73,15 @@ class Unit:
     numerator: Numerator
     keep: bool
     vanishes: bool = False
+
+
+def readers_of(units: Sequence[Unit]) -> list[list[int]]:
+    """For each unit, the places of those that read its output. Backward, the first of them is the last to send."""
+    readers: list[list[int]] = [[] for _ in units]
+    for place, unit in enumerate(units):
+        for source in set(unit.inputs):
+            readers[source].append(place)
+    return readers
 
 
 @dataclass(frozen=True)

@@ -165,9 +165,7 @@ Bound = float | Sequence[float] | Tensor | None
 """Of pixels."""
 
 
-def ZBox(  # noqa: N802
-    low: Bound = None, high: Bound = None, stabilizer: float = 1e-6
-) -> Rule:
+def ZBox(low: Bound = None, high: Bound = None, stabilizer: float = 1e-6) -> Rule:  # noqa: N802
     """For pixels in [low, high]: ``z = A(x, W) − A(low, W⁺) − A(high, W⁻)`` (Montavon et al. 2017).
 
     ``low`` and ``high`` are numbers, or one number per input channel (in a list, or a tensor C, C×1×1 or 1×C×1×1), in the

@@ -351,8 +351,8 @@ class Store:
         size = self.layout.shard_samples
         try:
             array = self._group[name]
-            for shard in range(low // size, -(-high // size)) if name == "heatmap" else ():
-                if is_lost(self.path, self._group, shard):
+            for shard in range(low // size, -(-high // size)):
+                if name == "heatmap" and is_lost(self.path, self._group, array, shard):
                     raise StoreError(f"{self.path}: the maps {shard * size} to {(shard + 1) * size - 1} are gone")
             return np.asarray(array[low:high])
         except (KeyError, ValueError, RuntimeError, OSError) as error:
@@ -569,8 +569,9 @@ class StoreWriter:
             if self.store.staged_rows(batch, tuple(self.layout.fields())) is None:
                 _staged_file(self.path, batch).unlink(missing_ok=True)
                 self.store.staged.discard(batch)
+        heatmap = self._group["heatmap"]
         for shard in self._shards:
-            if is_lost(self.path, self._group, shard):
+            if is_lost(self.path, self._group, heatmap, shard):
                 chunk_file(self.path, self._group["status"], shard).unlink()
         self.finish()
 
@@ -602,11 +603,16 @@ def chunk_file(path: Path, array: Any, shard: int) -> Path:
     return path / array.path / array.metadata.encode_chunk_key(place)
 
 
-def is_lost(path: Path, group: Any, shard: int) -> bool:
-    """Whether a shard that was complete has no maps any more."""
-    heatmap, status = (chunk_file(path, group[name], shard) for name in ("heatmap", "status"))
-    # In this order: of a shard just being compacted, maps come first. An empty file zarr takes for zeros.
-    return status.exists() and not (heatmap.exists() and heatmap.stat().st_size)
+def is_lost(path: Path, group: Any, heatmap: Any, shard: int) -> bool:
+    """Whether a shard that was complete has no maps any more; ``heatmap``: their array, which a reader has at hand."""
+    maps = chunk_file(path, heatmap, shard)
+    # Maps that are there answer at once. Of a shard just being compacted they come first, so they are looked for again.
+    return not _is_filled(maps) and chunk_file(path, group["status"], shard).exists() and not _is_filled(maps)
+
+
+def _is_filled(file: Path) -> bool:
+    """Whether a file holds something: an empty one zarr takes for zeros."""
+    return file.exists() and file.stat().st_size > 0
 
 
 def _create_array(group: Any, name: str, layout: Layout, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:

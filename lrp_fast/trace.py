@@ -133,7 +133,8 @@ def trace(model: nn.Module) -> Plan:
     hooks = hooked(model)
     if hooks:
         warnings.warn(
-            f"forward hooks at {', '.join(hooks[:5])} are not run and not part of the explanation", stacklevel=3
+            f"forward hooks at {', '.join(hooks[:5])} are not run and not part of the explanation",
+            stacklevel=5,  # where LRP was called
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TraceError(f"{type(model).__name__} runs copies of a model; give the model itself, its .module")

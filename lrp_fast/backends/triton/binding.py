@@ -35,7 +35,7 @@ from lrp_fast.backends.triton.pools import FusedPool, FusedWinnerPool
 from lrp_fast.kernels import pointwise_conv
 from lrp_fast.kernels.common import SPLITS, Arrival, Denominators, End, interpreted
 from lrp_fast.layers import AveragePool, Convolution, MaxPool, Shape
-from lrp_fast.plan import Unit
+from lrp_fast.plan import Unit, readers_of
 from lrp_fast.rules import FIXED_PARTS, NEGATIVE, POSITIVE, WHOLE, ZeroGuard
 from lrp_fast.splits import get_split
 
@@ -86,12 +86,14 @@ def serve(
 ) -> list[Served]:  # fmt: skip
     """For each unit its passes or a reason. ``operations``, ``shapes``: of every step; ``precision``: "ieee" or "tf32"."""
     served: list[Served] = []
+    readers = readers_of(units)
     for place, unit in enumerate(units):
         operation = operations[unit.step]
-        inputs = [shapes[units[place].output] for place in unit.inputs]
+        inputs = [shapes[units[source].output] for source in unit.inputs]
         shape = shapes[unit.output][1:]
         if isinstance(operation, LinearOperation):
-            settled = settled_with(place, units, served)
+            (source,) = unit.inputs
+            settled = settled_with(receiver_of(place, served[source], readers[source]), readers[source])
             served.append(_serve_linear(unit, operation, inputs[0], shape, precision, settled, choices))
         elif isinstance(operation, MergeOperation):
             found = _serve_merge(unit, operation, units, served, shape, inputs[0][0], choices)
@@ -183,25 +185,16 @@ def task_of(
     return task
 
 
-def receiver_of(place: int, units: Sequence[Unit], served: Sequence[object]) -> TritonPasses | None:
-    """The unit that a message goes to, if its kernels settle relevance with this message: the last one to arrive."""
-    source = units[place].inputs[0]
-    last = not any(source in unit.inputs for unit in units[:place])  # backward, the first reader is the last to send
-    receiver = served[source]
-    return receiver if last and isinstance(receiver, TritonPasses) else None
+def receiver_of(place: int, source: object, readers: Sequence[int]) -> TritonPasses | None:
+    """What a unit's message goes to, the passes ``source`` with those readers, if it is settled in the kernel that sends it."""
+    return source if isinstance(source, TritonPasses) and readers[0] == place else None
 
 
-def readers_of(source: int, units: Sequence[Unit]) -> int:
-    """How many units read the output of one."""
-    return sum(source in unit.inputs for unit in units)
-
-
-def settled_with(place: int, units: Sequence[Unit], served: Sequence[object]) -> str:
+def settled_with(receiver: TritonPasses | None, readers: Sequence[int]) -> str:
     """What the kernel that sends a message does behind its product; empty if nothing."""
-    receiver = receiver_of(place, units, served)
     if receiver is None:
         return ""
-    return receiver.epilogue + ("+more" if readers_of(units[place].inputs[0], units) > 1 else "")
+    return receiver.epilogue + ("+more" if len(readers) > 1 else "")
 
 
 def has_wide_groups(layer: Convolution, inputs: int, outputs: int) -> bool:

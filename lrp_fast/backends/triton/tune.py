@@ -18,7 +18,6 @@ from lrp_fast.backends.triton.binding import (
     LIBRARY,
     has_wide_groups,
     merge_task,
-    readers_of,
     receiver_of,
     rounds_parts,
     settled_with,
@@ -31,7 +30,8 @@ from lrp_fast.backends.triton.passes import TritonPasses
 from lrp_fast.kernels import pointwise_conv, spatial_conv
 from lrp_fast.kernels.common import Arrival, End
 from lrp_fast.kernels.pointwise_conv import Blocks
-from lrp_fast.plan import Unit
+from lrp_fast.layers import Shape
+from lrp_fast.plan import Unit, readers_of
 
 REPEATS, CALLS = 5, 4
 BUSY_CYCLES = 2_000_000
@@ -68,6 +68,7 @@ def _times(candidates: Candidates, timed: Callable[..., float]) -> dict[Choice, 
 
 
 def _tasks(units: Sequence[Unit], passes: Sequence[Passes | None], batch: int) -> Iterator[tuple[Task, Candidates]]:
+    readers = readers_of(units)
     for place, one in enumerate(passes):
         if isinstance(one, FusedMerge):
             linears = [branch for branch in one.branches if branch is not None]
@@ -77,8 +78,10 @@ def _tasks(units: Sequence[Unit], passes: Sequence[Passes | None], batch: int) -
             task = task_of(one.operation, one.denominators, (batch, *one.x_shape), one.shape, one.precision)
             if one.onward is not None:
                 yield task("forward", one.epilogue), _of_forward(one, batch)
-            arrival = partial(_arrival, place, units, passes, one, batch)
-            yield task("backward", settled_with(place, units, passes)), _of_backward(one, batch, arrival)
+            (source,) = units[place].inputs
+            receiver = receiver_of(place, passes[source], readers[source])
+            arrival = partial(_arrival, receiver, len(readers[source]) > 1, units[source].keep, one, batch)
+            yield task("backward", settled_with(receiver, readers[source])), _of_backward(one, batch, arrival)
 
 
 def _wide(layer: FusedLinear) -> bool:
@@ -108,19 +111,19 @@ def _of_forward(layer: FusedLinear, batch: int) -> Candidates:
         yield choice, partial(_variant(layer, choice, layer.back).forward, sources)
 
 
-def _arrival(
-    place: int, units: Sequence[Unit], passes: Sequence[Passes | None], layer: FusedLinear, batch: int
-) -> Arrival | None:
-    """What settles a unit's message: its receiver's gates, beside what has arrived there before; None if nothing does."""
-    receiver, source = receiver_of(place, units, passes), units[place].inputs[0]
+def _arrival(receiver: TritonPasses | None, more: bool, keep: bool, layer: FusedLinear, batch: int) -> Arrival | None:
+    """What a message is settled with: its receiver's gates, beside what else has arrived there; None if with nothing.
+
+    ``more``: others send there too. ``keep``: the receiver's output is kept.
+    """
     if receiver is None:
         return None
     value, saved = receiver.forward(_inputs(receiver, batch, layer))
     before = Arrived()
-    if readers_of(source, units) > 1:
-        more = _random(layer, batch, *receiver.shape[1:], receiver.shape[0]).permute(0, 3, 1, 2)
-        before = Arrived(acc=more) if receiver.over_value else Arrived(dense=more)
-    return receiver.arrival(before, value if units[source].keep else None, receiver.ends(saved))
+    if more:
+        other = _image(layer, batch, receiver.shape)
+        before = Arrived(acc=other) if receiver.over_value else Arrived(dense=other)
+    return receiver.arrival(before, value if keep else None, receiver.ends(saved))
 
 
 def _of_backward(layer: FusedLinear, batch: int, arrival_of: Callable[[], Arrival | None]) -> Candidates:
@@ -172,8 +175,12 @@ def _random(layer: FusedLinear, *shape: int) -> Tensor:
 
 def _inputs(passes: TritonPasses, batch: int, layer: FusedLinear) -> list[Tensor]:
     """What passes take, where ``layer`` is."""
-    shapes = ((channels, height, width) for channels, height, width in passes.reads)
-    return [_random(layer, batch, h, w, c).permute(0, 3, 1, 2) for c, h, w in shapes]
+    return [_image(layer, batch, shape) for shape in passes.reads]
+
+
+def _image(layer: FusedLinear, batch: int, shape: Shape) -> Tensor:
+    channels, height, width = shape
+    return _random(layer, batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _capability(device: torch.device) -> int:
