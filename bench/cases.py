@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lrp_fast.heatmap import from_heat_levels, heat_levels
 from lrp_fast.kernels import gate, heatmap, merge, pointwise_conv, pool, spatial_conv
-from lrp_fast.kernels.common import CONSTANT_SPLITS, SPLITS, Arrival, Branch, Denominators, End
+from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, Branch, Denominators, Divisor, End
 from lrp_fast.kernels.pointwise_conv import Precision
 
 Pair = tuple[int, int]
@@ -31,6 +31,7 @@ Pair = tuple[int, int]
 POSITIVE = Denominators("stacked", 1e-5, "plain")  # otsuki2024
 Z_PLUS = Denominators("stacked", 1e-6)
 EPSILON = Denominators("own", 1e-6)
+DIVIDED = Denominators("own")  # of a merge that multiplies its denominator backward
 STEM = Denominators("own", 1e-5, "plain")  # otsuki2024's sees ones instead of pixels
 ALPHA_BETA = Denominators("signs", 1e-6)
 GAMMA = Denominators("gamma", 1e-6, gamma=0.25)
@@ -204,9 +205,9 @@ def gated(
 
 def merged(
     stacked: Tensor, bias: Tensor | None, other: Branch, rule: Denominators, split: str, is_residual: bool,
-    limit: Tensor | None = None,
+    limit: Tensor | None = None, divided: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """Merged, the gates of the branch ``stacked``, and the other's gates or weight where it has one."""
+    """Merged, the gates of the branch ``stacked`` unless they are ``divided``, and the other's gates or weight if kept."""
     own, denominators = understood(stacked, bias, rule)
     value = other.tensor.float()
     beside: list[Tensor] = []
@@ -214,7 +215,7 @@ def merged(
         value, beside = understood(other.tensor, other.bias, rule)
     total = own + value
     here, there = weights_of(own, value, total, split) if is_residual else weights_of(value, own, total, split)[::-1]
-    results = [total.relu(), gates_of(own, denominators, here, rule, limit)]
+    results = [total.relu()] if divided else [total.relu(), gates_of(own, denominators, here, rule, limit)]
     if other.linear:
         results.append(gates_of(value, beside, there, rule, other.limit))
     elif kept(rule, split):
@@ -258,11 +259,14 @@ def settled(acc: Tensor | None, arrival: Arrival, like: Tensor) -> list[Tensor]:
         total = total + arrival.even.unsqueeze(-1)
     results = []
     for end in arrival.ends:
-        gate = end.scale if end.gate is None else end.gate
-        if end.gate is not None and end.part in SPLITS:
+        gate: Tensor | float = end.scale if end.gate is None else end.gate
+        if end.gate is not None and end.splits:
             assert arrival.value is not None
             branch, both = end.gate.float(), arrival.value.float()
-            gate, _ = weights_of(branch, both - branch, both, end.part)
+            split, *rest = end.part.split()
+            gate = weights_of(branch, both - branch, both, split)[len(rest)]
+        if end.divisor is not None:
+            gate = gate * divided(end.divisor)
         if end.gate is not None and end.part == "guarded":
             results.append((total * end.gate.clamp(min=0)).to(like.dtype))
             results.append(
@@ -271,6 +275,13 @@ def settled(acc: Tensor | None, arrival: Arrival, like: Tensor) -> list[Tensor]:
             continue
         results.append((torch.cat([total] * end.groups, -1) * gate).to(like.dtype))
     return results
+
+
+def divided(divisor: Divisor) -> Tensor:
+    """1 / stab(z), float32."""
+    z = (divisor.x @ divisor.weight.t()).float()
+    z = z if divisor.bias is None else z + divisor.bias.float()
+    return gates_of(z, [z], 1.0, Denominators("own", divisor.epsilon, divisor.stabilizer), None)
 
 
 # Forward cases --------------------------------------------------------------------------------------------------------
@@ -427,11 +438,11 @@ def other_branch(
 def build_merged(
     device: torch.device, dtype: torch.dtype, batch: int, precision: Precision, *,
     shape: Convolution, rule: Denominators = POSITIVE, split: str = "ratio", linear: bool = False,
-    beside: Convolution | None = None,
+    beside: Convolution | None = None, divided: bool = False,
 ) -> Prepared:  # fmt: skip
     """pointwise_conv.merged or spatial_conv.merged; with ``linear`` the other branch is one too, and the residual one.
 
-    ``beside``: the 1×1 convolution the other branch ends in, which the kernel multiplies too.
+    ``beside``: the 1×1 convolution the other branch ends in, which the kernel multiplies too. ``divided``: gates are not kept.
     """
     make, rising = Maker(device, dtype), split == "signed"
     x = make.positive(batch, shape.size, shape.size, shape.inputs)
@@ -443,7 +454,8 @@ def build_merged(
         y, linear = make.positive(batch, beside.size, beside.size, beside.inputs), True
         other = Branch(y, True, other_bias, make.limit(rule, batch), other_weight, beside.stride)
     limit = make.limit(rule, batch)
-    limited = {} if limit is None else {"limit": limit}
+    limited: dict[str, Any] = {} if limit is None else {"limit": limit}
+    limited |= {"keeps_gates": False} if divided else {}
     module: Any = pointwise_conv if shape.taps == 1 else spatial_conv
     run = partial(
         module.merged, x, weight, bias, other, rule, split, relu=True, is_residual=not linear, precision=precision,
@@ -454,14 +466,14 @@ def build_merged(
         met = other
         if beside is not None and other.weight is not None:
             met = Branch(beside.raw(other.tensor, other.weight, rule.stacks), True, other.bias, other.limit)
-        return merged(shape.raw(x, weight, rule.stacks), bias, met, rule, split, not linear, limit)
+        return merged(shape.raw(x, weight, rule.stacks), bias, met, rule, split, not linear, limit, divided)
 
     return Prepared(
         lambda: [result for result in run() if result is not None],
         eager,
         shape.read(x) + moved(weight, bias, limit, other.weight, other.bias, other.limit)
         + (moved(other.tensor) if beside is None else beside.read(other.tensor))
-        + batch * shape.out**2 * shape.outputs * written_by_merge(rule, split, linear) * dtype.itemsize,
+        + batch * shape.out**2 * shape.outputs * (1 if divided else written_by_merge(rule, split, linear)) * dtype.itemsize,
         shape.flops(batch, rule.stacks) + (0 if beside is None else beside.flops(batch, rule.stacks)),
     )  # fmt: skip
 
@@ -497,7 +509,8 @@ def build_merge(
 class Arriving:
     """Which parts an :class:`Arrival` has, and the groups of each end's gate, 0 for none.
 
-    ``guard``: the first is guarded. ``split``: the last is a plain branch under it, whose weight is found again.
+    ``guard``: the first is guarded. ``split``: the last is a plain branch under it, whose weight is found again. ``divisor``:
+    the first leaves its rest, divided by a product of so many channels.
     """
 
     ends: tuple[int, ...] = (1,)
@@ -507,6 +520,7 @@ class Arriving:
     even: bool = False
     guard: bool = False
     split: str = ""
+    divisor: int = 0
 
     def arrival(self, make: Maker, batch: int, size: int, channels: int) -> Arrival:
         """For relevance of N × size × size × channels."""
@@ -518,6 +532,11 @@ class Arriving:
             ends = (End(make.normal(*plane, channels), part="guarded"), *ends[1:])
         if self.split:
             ends = (*ends[:-1], replace(ends[-1], part=self.split))
+        if self.divisor:
+            weight, bias = make.positive(channels, self.divisor) / math.sqrt(self.divisor), make.positive(channels)
+            divisor = Divisor(make.positive(*plane, self.divisor), weight, bias, POSITIVE.epsilon, "plain")
+            rest: Any = f"{self.split} rest" if self.split else "whole"
+            ends = (End(ends[-1].gate if self.split else None, scale=0.5, part=rest, divisor=divisor), *ends[1:])
         step = self.previous_stride
         small = 0 if step == 0 else (size - 1) // step + 1
         return Arrival(
@@ -532,8 +551,10 @@ class Arriving:
 
 def moved_by_arrival(arrival: Arrival, elements: int, dtype: torch.dtype) -> int:
     """Bytes read and written by settling ``elements`` of relevance."""
-    gates = [end.gate for end in arrival.ends]
-    read = moved(arrival.value, arrival.previous, arrival.dense, arrival.even, *gates)
+    gates, divisor = [end.gate for end in arrival.ends], arrival.divisor
+    distinct = gates[1:] if gates[0] is gates[-1] else gates  # ends under a split name one branch
+    read = moved(arrival.value, arrival.previous, arrival.dense, arrival.even, *(distinct or gates))
+    read += 0 if divisor is None else moved(divisor.x, divisor.weight, divisor.bias)
     dead = sum(4 * gate.numel() // gate.shape[-1] * -(-gate.shape[-1] // 8)
                for end, gate in zip(arrival.ends, gates, strict=True) if gate is not None and end.part == "guarded")  # fmt: skip
     return read + dead + elements * sum(end.groups for end in arrival.ends) * dtype.itemsize
@@ -577,7 +598,7 @@ def build_pointwise_backward(
         partial(pointwise_conv.backward, s, weight, arrival, second=rest[0] if rest else None, precision=precision),
         eager,
         moved(*(x for message in messages for x in message)) + moved_by_arrival(arrival, rows * channels, dtype),
-        2 * rows * channels * (inner + second),
+        2 * rows * channels * (inner + second + arriving.divisor),
     )  # fmt: skip
 
 
@@ -757,13 +778,14 @@ def build_quantize(
 
 @dataclass(frozen=True)
 class Stage:
-    """One of a ResNet-50's four: bottlenecks from ``inputs`` channels at before² to 4 · ``width`` at size²."""
+    """One of a ResNet-50's four, the ``last`` one? Bottlenecks from ``inputs`` channels at before² to 4 · ``width`` at size²."""
 
     before: int
     size: int
     inputs: int
     width: int
     blocks: int
+    last: bool
 
     @property
     def outputs(self) -> int:
@@ -797,7 +819,7 @@ def stages(side: int, width: int) -> list[Stage]:
     size, inputs, found = halved(halved(side)), width, []
     for index, blocks in enumerate((3, 4, 6, 3)):
         out = size if index == 0 else halved(size)
-        found.append(Stage(size, out, inputs, width << index, blocks))
+        found.append(Stage(size, out, inputs, width << index, blocks, last=index == 3))
         size, inputs = out, found[-1].outputs
     return found
 
@@ -824,7 +846,10 @@ def forward_cases(found: Collected, stage: Stage) -> None:
     what = f"{stage.before}² {stage.inputs}→{outputs} stride {stage.stride} + {size}² {width}→{outputs}"
     found.add("pointwise_conv.merged", 1, build_merged, what, shape=shape, beside=beside)
     shape = Convolution(size, width, outputs)
-    found.add("pointwise_conv.merged", stage.blocks - 1, build_merged, f"{size}² {width}→{outputs}", shape=shape)
+    add = partial(found.add, "pointwise_conv.merged", build=build_merged, shape=shape)
+    what = f"{size}² {width}→{outputs}"
+    add(stage.blocks - 1 - stage.last, what=f"{what}, divided", rule=DIVIDED, divided=True)
+    add(int(stage.last), what=what)
 
 
 def backward_cases(found: Collected, stage: Stage) -> None:
@@ -837,10 +862,15 @@ def backward_cases(found: Collected, stage: Stage) -> None:
     )  # fmt: skip
     for count, at in ((1, before), (stage.blocks - 1, size)):
         found.add("merge.arrive", count, build_arrive, f"{at}² {width}", size=at, channels=width, arriving=Arriving())
-    for count, what, split in ((stage.blocks - 2, "merge", "ratio"), (1, "merge of two layers", "")):
+    for count, what, split, divisor in (
+        (stage.blocks - 2, "divided merge", "ratio", width),
+        (1, "merge of two layers", "", 0),
+        (0, "merge", "ratio", 0),
+    ):
+        arriving = Arriving((1, 1), value=True, dense=True, split=split, divisor=divisor)
         add(
             count, build_pointwise_backward, f"{size}² {width}→{outputs}, {what}",
-            size=size, inner=width, channels=outputs, arriving=Arriving((1, 1), value=True, dense=True, split=split),
+            size=size, inner=width, channels=outputs, arriving=arriving,
         )  # fmt: skip
     if stage.stride == 1:
         add(
@@ -853,9 +883,9 @@ def backward_cases(found: Collected, stage: Stage) -> None:
         size=size, inner=outputs, channels=stage.inputs, arriving=Arriving((0,)),
     )  # fmt: skip
     add(
-        1, build_pointwise_backward, f"{before}² {width}→{stage.inputs}, merge of stride 2",
+        1, build_pointwise_backward, f"{before}² {width}→{stage.inputs}, divided merge of stride 2",
         size=before, inner=width, channels=stage.inputs,
-        arriving=Arriving((1, 1), value=True, previous_stride=stage.stride, split="ratio"),
+        arriving=Arriving((1, 1), value=True, previous_stride=stage.stride, split="ratio", divisor=stage.inputs // 4),
     )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ KERNELS = {
     "channel_sum": "heatmap.channel_sum", "quantize": "heatmap.quantize",
 }  # fmt: skip
 """The launcher behind each custom operator."""
+DIVISOR = -2
+"""Where an operator that settles an arrival has the weight of its divisor."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,8 @@ def _flops(operator: str, args: tuple[Any, ...], read: list[Tensor], written: li
         return 2 * images * pixels * read[1].numel() // _stacks(values)
     if operator.startswith(("pointwise", "spatial")):
         rows = written[0] if operator.endswith(("gated", "merged")) else read[0]
-        others = {"pointwise_backward": 3, "pointwise_merged": 5}
-        weights = [args[0][1], *([args[0][others[operator]]] if operator in others else [])]
+        others = {"pointwise_backward": (3, DIVISOR), "pointwise_merged": (5,)}
+        weights = [args[0][place] for place in (1, *others.get(operator, ()))]
         return 2 * rows.shape[:3].numel() * sum(weight.numel() for weight in weights if weight is not None)
     if operator == "stem_heatmap":
         return 2 * read[0].shape[:3].numel() * read[1].numel()

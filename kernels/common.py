@@ -84,6 +84,21 @@ def check_two_stacks(denominators: Denominators) -> None:
 
 
 @dataclass(frozen=True)
+class Divisor:
+    """A denominator that is not kept: where relevance is settled it is multiplied again, ``z = x weightᵀ + bias``.
+
+    Of a 1×1 convolution: x (N, H, W, K), weight (C, K), bias (C,). What it divides is C channels wide, its own input x often
+    a quarter of that, so that x is sooner read than a gate is written and read.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    epsilon: float
+    stabilizer: Literal["signed", "plain", "vanishing"]
+
+
+@dataclass(frozen=True)
 class End:
     """Where relevance goes on to: ``R · gate`` (rows × groups · C), or ``R · scale`` if there is no gate.
 
@@ -91,13 +106,21 @@ class End:
     or ``"guarded"``: what is alive, and beside it what is dead summed over every eight channels, rows × ⌈C / 8⌉ float32.
     ``"ratio"``, ``"signed"``: relevance is that of a merge, ``gate`` the value S of one of its branches, and what leaves is
     ``R`` times the branch's weight under that split. The other branch is F = h − S, where the merge's output h, the
-    ``value`` of the arrival, is not cut off by its ReLU; where it is, R must be zero.
+    ``value`` of the arrival, is not cut off by its ReLU; where it is, R must be zero. ``"ratio rest"``, ``"signed rest"``:
+    what leaves is ``R`` times the weight of F. Ends under a split name the same S.
+    ``divisor``: what leaves is divided by it, ``R · gate / stab(z)``.
     """
 
     gate: Tensor | None = None
     groups: int = 1
     scale: float = 1.0
-    part: Literal["whole", "alive", "dead", "guarded", "ratio", "signed"] = "whole"
+    part: Literal["whole", "alive", "dead", "guarded", "ratio", "signed", "ratio rest", "signed rest"] = "whole"
+    divisor: Divisor | None = None
+
+    @property
+    def splits(self) -> bool:
+        """Whether ``gate`` is the value of a branch."""
+        return self.part.startswith(SPLITS)
 
     def outputs(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         """What there is to write to for relevance of ``shape`` (…, C), in the dtype of ``like``: one tensor, guarded two."""
@@ -125,13 +148,14 @@ class Branch:
 
 
 def merge_outputs(
-    like: Tensor, shape: tuple[int, ...], denominators: Denominators, split: str, other_linear: bool, keeps_weight: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    like: Tensor, shape: tuple[int, ...], denominators: Denominators, split: str, other_linear: bool, keeps_weight: bool,
+    keeps_gates: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """What a merge of ``shape`` (…, C) writes: its value, the linear branch's gates, the other's gates, weight or nothing."""
     gates = (*shape[:-1], shape[-1] * denominators.groups)
     weighs = keeps_weight and split not in CONSTANT_SPLITS
     end = like.new_empty(gates) if other_linear else like.new_empty(shape) if weighs else None
-    return like.new_empty(shape), like.new_empty(gates), end
+    return like.new_empty(shape), like.new_empty(gates) if keeps_gates else None, end
 
 
 @dataclass(frozen=True)
@@ -144,6 +168,7 @@ class Arrival:
     ``previous_stride`` (s, s), N × ⌈H/s⌉ × ⌈W/s⌉ × C: it belongs to the rows with y and x divisible by s. ``dense``:
     relevance that arrives as it is, rows × C; ``even``: relevance that is equal in all channels, rows.
     Relevance may hold several maps of each image, one after another: value and gates then have a divisor of its rows.
+    Only the first end may have a :class:`Divisor`, and only ``pointwise_conv.backward`` multiplies it.
     """
 
     ends: tuple[End, ...]
@@ -155,8 +180,20 @@ class Arrival:
     written: tuple[tuple[Tensor, ...], ...] = field(default=(), compare=False)
     """The outputs of each end, made by :meth:`prepared`."""
 
-    def prepared(self, like: Tensor, shape: tuple[int, ...]) -> Arrival:
-        """With outputs allocated, for relevance of ``shape`` (…, C), on the device of ``like``."""
+    @property
+    def divisor(self) -> Divisor | None:
+        """That of the first end."""
+        return self.ends[0].divisor
+
+    def prepared(self, like: Tensor, shape: tuple[int, ...], divides: bool = False) -> Arrival:
+        """With outputs allocated, for relevance of ``shape`` (…, C), on the device of ``like``.
+
+        ``ValueError`` for a divisor that is not the first end's, or that the kernel does not multiply (``divides``).
+        """
+        if any(end.divisor is not None for end in self.ends[0 if not divides else 1 :]):
+            raise ValueError(
+                "got an end with a divisor, and expected one at the first end of pointwise_conv.backward alone"
+            )
         return replace(self, written=tuple(end.outputs(like, shape) for end in self.ends))
 
     @property
@@ -171,11 +208,15 @@ class Arrival:
 
     def arguments(self, rows: int, height: int = 1, width: int = 1) -> dict[str, Any]:
         """The keyword arguments of a kernel that calls :func:`settle`, for ``rows`` rows of relevance."""
-        if self.value is None and any(end.part in ("ratio", "signed") for end in self.ends):
+        branches = [end.gate for end in self.ends if end.splits]
+        if self.value is None and branches:
             raise ValueError("got an end under a split and no value, and expected the merge's")
+        if any(branch is None or branch is not branches[0] for branch in branches):
+            raise ValueError("got ends under a split with two gates, and expected the value of one branch")
         ends = [*self.ends, End()][:2]
         outputs = [*self.written, self.written[0]][:2]
-        known = [x for x in (self.value, *(end.gate for end in self.ends)) if x is not None]
+        product = None if self.divisor is None else self.divisor.x
+        known = [x for x in (self.value, product, *(end.gate for end in self.ends)) if x is not None]
         nothing = outputs[0][0]  # stands in for pointers that are never used
         return {
             "value_ptr": nothing if self.value is None else self.value,
@@ -356,13 +397,13 @@ def store_merge(
     epsilon, limit, other_limit, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr,
     SPLIT: tl.constexpr, RELU: tl.constexpr, IS_RESIDUAL: tl.constexpr, OTHER_LINEAR: tl.constexpr,
-    HAS_OTHER_END: tl.constexpr,
+    HAS_GATES: tl.constexpr, HAS_OTHER_END: tl.constexpr,
 ):  # fmt: skip
     """A tile where two branches meet: write ``h = ReLU(this + other)`` and how relevance leaves for both.
 
     ``first``, ``second``: the stacked outputs of this branch's last, linear layer; ``IS_RESIDUAL``: it is the residual
-    branch and not the skip. Its gates get the weight of the split in the numerator. The other branch is linear too
-    (gates are written to ``other_ptr``) or a plain value ``other_first`` (its weight is written there, with
+    branch and not the skip. Its gates (``HAS_GATES``) get the weight of the split in the numerator. The other branch is linear
+    too (gates are written to ``other_ptr``) or a plain value ``other_first`` (its weight is written there, with
     ``HAS_OTHER_END``).
     """
     own = own_output(first, second, KIND)
@@ -375,7 +416,8 @@ def store_merge(
         weight, other_weight = split_weights(own, other, merged, SPLIT)
     else:
         other_weight, weight = split_weights(other, own, merged, SPLIT)
-    store_gates(gate_ptr, first, second, weight, rows, columns, inside, C, epsilon, limit, gamma, KIND, STABILIZER)
+    if HAS_GATES:
+        store_gates(gate_ptr, first, second, weight, rows, columns, inside, C, epsilon, limit, gamma, KIND, STABILIZER)
     if OTHER_LINEAR:
         store_gates(
             other_ptr, other_first, other_second, other_weight, rows, columns, inside, C,
@@ -387,10 +429,16 @@ def store_merge(
 
 @triton.jit
 def store_end(
-    out_ptr, dead_ptr, gate_ptr, relevance, value, rows, gate_rows, columns, inside, C, scale,
+    out_ptr, dead_ptr, gate_ptr, relevance, value, branch, rows, gate_rows, columns, inside, C, scale,
     GATE: tl.constexpr, GROUPS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    if GATE:
+    if PART == "ratio" or PART == "signed":
+        weight, _ = split_weights(branch, value - branch, value, PART)
+        tl.store(out_ptr + rows * C + columns, relevance * weight, mask=inside)
+    elif PART == "ratio rest" or PART == "signed rest":
+        weight, _ = split_weights(value - branch, branch, value, "ratio" if PART == "ratio rest" else "signed")
+        tl.store(out_ptr + rows * C + columns, relevance * weight, mask=inside)
+    elif GATE:
         for group in tl.static_range(GROUPS):
             gate = tl.load(gate_ptr + gate_rows * (GROUPS * C) + group * C + columns, mask=inside, other=0.0).to(
                 tl.float32
@@ -401,8 +449,6 @@ def store_end(
                 gate = tl.maximum(gate, 0.0)
             elif PART == "dead":
                 gate = tl.maximum(-gate, 0.0)
-            elif PART == "ratio" or PART == "signed":
-                gate, _ = split_weights(gate, value - gate, value, PART)
             tl.store(out_ptr + rows * (GROUPS * C) + group * C + columns, relevance * gate, mask=inside)
     else:
         tl.store(out_ptr + rows * C + columns, relevance * scale, mask=inside)
@@ -420,7 +466,7 @@ def store_eighths(dead_ptr, dead, rows, columns, inside, C):
 
 @triton.jit
 def settle(
-    acc, rows, columns, inside, C,
+    acc, share, rows, columns, inside, C,
     value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
     scale_a, scale_b, gate_rows, height, width,
     HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
@@ -430,7 +476,8 @@ def settle(
 ):  # fmt: skip
     """A tile of relevance has arrived: total it and send it on (:class:`Arrival`).
 
-    ``acc`` [BM, BN] float32; ``rows`` [BM, 1] int64 (n · H + y) · W + x; ``columns`` [1, BN]; ``inside`` [BM, BN].
+    ``acc`` [BM, BN] float32; ``rows`` [BM, 1] int64 (n · H + y) · W + x; ``columns`` [1, BN]; ``inside`` [BM, BN]. ``share``:
+    1 / stab(z) of the first end's divisor, [BM, BN], or one.
     """
     row = rows.to(tl.int32)
     of_image = (row % gate_rows).to(tl.int64)
@@ -454,12 +501,19 @@ def settle(
         acc += tl.load(dense_ptr + rows * C + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_EVEN:
         acc += tl.load(even_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    SPLIT_A: tl.constexpr = PART_A == "ratio" or PART_A == "signed" or PART_A == "ratio rest" or PART_A == "signed rest"
+    SPLIT_B: tl.constexpr = PART_B == "ratio" or PART_B == "signed" or PART_B == "ratio rest" or PART_B == "signed rest"
+    branch = value
+    if SPLIT_A:
+        branch = tl.load(gate_a_ptr + of_image * C + columns, mask=inside, other=0.0).to(tl.float32)
     store_end(
-        out_a_ptr, dead_a_ptr, gate_a_ptr, acc, value, rows, of_image, columns, inside, C, scale_a,
+        out_a_ptr, dead_a_ptr, gate_a_ptr, acc * share, value, branch, rows, of_image, columns, inside, C, scale_a,
         GATE_A, GROUPS_A, PART_A,
     )  # fmt: skip
     if END_B:
+        if SPLIT_B and not SPLIT_A:
+            branch = tl.load(gate_b_ptr + of_image * C + columns, mask=inside, other=0.0).to(tl.float32)
         store_end(
-            out_b_ptr, dead_b_ptr, gate_b_ptr, acc, value, rows, of_image, columns, inside, C, scale_b,
+            out_b_ptr, dead_b_ptr, gate_b_ptr, acc, value, branch, rows, of_image, columns, inside, C, scale_b,
             GATE_B, GROUPS_B, PART_B,
         )  # fmt: skip

@@ -36,7 +36,8 @@ def _merge_kernel(
     row_count, rows_per_image, C, epsilon, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr, RELU: tl.constexpr, IS_RESIDUAL: tl.constexpr,
-    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, HAS_OTHER_END: tl.constexpr, EIGHTH: tl.constexpr,
+    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, HAS_GATES: tl.constexpr, HAS_OTHER_END: tl.constexpr,
+    EIGHTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
@@ -57,7 +58,7 @@ def _merge_kernel(
             other_limit = tl.load(branch_limit_ptr + image, mask=rows < row_count, other=0.0)
     store_merge(
         first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
-        epsilon, limit, other_limit, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR, HAS_OTHER_END,
+        epsilon, limit, other_limit, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR, HAS_GATES, HAS_OTHER_END,
     )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def _arrive_kernel(
     if HAS_ACC:
         acc = tl.load(acc_ptr + rows * C + columns, mask=inside, other=0.0).to(tl.float32)
     settle(
-        acc, rows, columns, inside, C,
+        acc, 1.0, rows, columns, inside, C,
         value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
@@ -89,12 +90,13 @@ def _arrive_kernel(
 
 def merge(
     branch: Branch, other: Branch, denominators: Denominators, split: str, *, relu: bool, is_residual: bool,
-    keeps_weight: bool = True, block: tuple[int, int] | None = None, num_warps: int = 4,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    keeps_weight: bool = True, keeps_gates: bool = True, block: tuple[int, int] | None = None, num_warps: int = 4,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Merged (…, C), the gates (…, G · C) of ``branch``, which is linear, and how relevance leaves for the ``other``.
 
     That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant or the weight
-    is not kept: an :class:`~lrp_fast.kernels.common.End` of part "ratio" or "signed" finds it again.
+    is not kept: an :class:`~lrp_fast.kernels.common.End` of part "ratio" or "signed" finds it again. Nor are the gates, where
+    one of part "ratio rest" or "signed rest" with a :class:`~lrp_fast.kernels.common.Divisor` does.
     ``is_residual``: ``branch`` is the residual one. Both have the same denominators and, under a zero-guard, limits of
     their own. Tensors (N, …, S · C) or (N, …, C), contiguous. ValueError for a ``branch`` that is not linear, or three stacks.
     """
@@ -107,18 +109,19 @@ def merge(
     channels = stacked.shape[-1] // denominators.stacks
     rows = stacked.numel() // stacked.shape[-1]
     merged, gates, other_end = merge_outputs(
-        stacked, (*stacked.shape[:-1], channels), denominators, split, other.linear, keeps_weight
+        stacked, (*stacked.shape[:-1], channels), denominators, split, other.linear, keeps_weight, keeps_gates
     )
     block = block or tile(channels)
     grid = (cdiv(rows, block[0]) * cdiv(channels, block[1]),)
     _merge_kernel[grid](
         stacked, stacked if branch.bias is None else branch.bias, stacked if branch.limit is None else branch.limit,
         other.tensor, stacked if other.bias is None else other.bias, stacked if other.limit is None else other.limit,
-        merged, gates, gates if other_end is None else other_end, rows, rows // stacked.shape[0], channels,
+        merged, merged if gates is None else gates, merged if other_end is None else other_end,
+        rows, rows // stacked.shape[0], channels,
         **denominators.arguments(), STACKS=denominators.stacks, HAS_BIAS=branch.bias is not None,
         SPLIT=split, RELU=relu, IS_RESIDUAL=is_residual,
         OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None,
-        HAS_OTHER_END=other_end is not None, EIGHTH=channels % 8 == 0,
+        HAS_GATES=keeps_gates, HAS_OTHER_END=other_end is not None, EIGHTH=channels % 8 == 0,
         BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1], num_warps=num_warps, **OPTIONS,
     )  # fmt: skip
     return merged, gates, other_end

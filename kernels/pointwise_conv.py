@@ -14,6 +14,8 @@ Backward, an :class:`Arrival` settling what one or two messages s (rows × K) br
 
     acc = s @ weightᵀ [+ s₂ @ weight₂ᵀ]     R = value · (acc + previous) + dense + even     out_e = R · gate_e
 
+    [z = x @ weightᵀ + bias     out_1 = R · gate_1 / stab(z), by a :class:`Divisor`]
+
 **All weights are C × K, with what is summed over (K) last in memory**, as a tensor core wants it in every dtype (TF32
 ``wgmma`` takes nothing else; any other layout would be transposed through registers at every step). So backward the
 weight is the forward one transposed, Cin × G · Cout: packed once.
@@ -35,9 +37,11 @@ from .common import (
     Arrival,
     Branch,
     Denominators,
+    Divisor,
     cdiv,
     check_one_denominator,
     check_two_stacks,
+    gate_of,
     load_stack,
     merge_outputs,
     next_power_of_2,
@@ -81,6 +85,15 @@ TABLE: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("ieee", "narrow", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 32, 16, 4, 3)],
     ("ieee", "big", 1): [(64, 128, 16, 8, 3), (128, 128, 16, 8, 3), (64, 64, 32, 8, 3)],
     ("ieee", "big", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3)],
+    ("half", "few", 3): [(64, 32, 64, 4, 3), (64, 64, 64, 4, 3), (32, 32, 128, 4, 3), (16, 32, 128, 4, 3)],
+    ("half", "narrow", 3): [(64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 32, 64, 4, 3)],
+    ("half", "big", 3): [(64, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 64, 64, 8, 3)],
+    ("tf32", "few", 3): [(64, 32, 64, 4, 3), (64, 64, 32, 4, 3), (32, 32, 64, 4, 3), (16, 32, 64, 4, 3)],
+    ("tf32", "narrow", 3): [(64, 64, 32, 4, 3), (128, 64, 32, 8, 3)],
+    ("tf32", "big", 3): [(64, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
+    ("ieee", "few", 3): [(32, 32, 32, 4, 3), (16, 32, 32, 4, 3), (64, 64, 16, 8, 3)],
+    ("ieee", "narrow", 3): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3)],
+    ("ieee", "big", 3): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3)],
     ("half", "few", 4): [(64, 32, 64, 4, 3), (32, 32, 128, 4, 3)],
     ("half", "narrow", 4): [(128, 64, 64, 8, 3), (128, 32, 64, 8, 3)],
     ("half", "big", 4): [(128, 64, 64, 8, 3), (128, 32, 64, 8, 3), (64, 32, 64, 4, 3)],
@@ -110,8 +123,8 @@ def candidates(
 ) -> tuple[Blocks, ...]:  # fmt: skip
     """What is worth trying for a rows × columns result, K = ``inner``; the first is the default.
 
-    ``stacks``: how many tiles of the result a program holds at once, before registers spill: 1 backward, S forward, and
-    :func:`held` where two branches meet. ``capability``: 10 · major + minor of the device.
+    ``stacks``: how many tiles of the result a program holds at once, before registers spill: 1 backward and 3 with a divisor,
+    S forward, and :func:`held` where two branches meet. ``capability``: 10 · major + minor of the device.
     """
     kind = "half" if dtype.itemsize == 2 else precision
     few = cdiv(rows, 128) * cdiv(columns, 64) < 264  # not two tiles for each of an H100's 132 processors
@@ -285,7 +298,7 @@ def _merged_kernel(
     row_count, height, width, out_height, out_width, branch_height, branch_width, C, K, BRANCH_K, epsilon, gamma,
     KIND: tl.constexpr, STABILIZER: tl.constexpr, STACKS: tl.constexpr, HAS_BIAS: tl.constexpr,
     STRIDE: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr, IS_RESIDUAL: tl.constexpr,
-    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, HAS_OTHER_END: tl.constexpr,
+    OTHER_LINEAR: tl.constexpr, OTHER_BIAS: tl.constexpr, HAS_GATES: tl.constexpr, HAS_OTHER_END: tl.constexpr,
     OTHER_PRODUCT: tl.constexpr, BRANCH_STRIDE: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_BRANCH_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
@@ -324,7 +337,7 @@ def _merged_kernel(
         store_merge(
             first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
             epsilon, limit, branch_limit, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
-            HAS_OTHER_END,
+            HAS_GATES, HAS_OTHER_END,
         )  # fmt: skip
 
 
@@ -396,26 +409,27 @@ def gated(
 def merged(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Branch, denominators: Denominators, split: str, *,
     stride: int = 1, relu: bool, is_residual: bool, limit: Tensor | None = None, keeps_weight: bool = True,
-    precision: Precision = "ieee", blocks: Blocks | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    keeps_gates: bool = True, precision: Precision = "ieee", blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
 
-    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant or the weight
-    is not kept (see ``merge.merge``). With a weight of the other's its last layer is multiplied here too, and its
-    stacked output is never written, nor rounded.
+    That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant. Weight and
+    gates need not be kept (see ``merge.merge``). With a weight of the other's its last layer is multiplied here too, and
+    its stacked output is never written, nor rounded.
     """
     blocks, shape, arguments = _forward(
         x, weight, denominators, stride, precision, blocks, held(denominators, other.linear, other.weight is not None)
     )
-    result, gates, other_end = merge_outputs(x, shape, denominators, split, other.linear, keeps_weight)
+    result, gates, other_end = merge_outputs(x, shape, denominators, split, other.linear, keeps_weight, keeps_gates)
     _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1])](
         x, weight, x if bias is None else bias, x if limit is None else limit,
         other.tensor, weight if other.weight is None else other.weight, x if other.bias is None else other.bias,
         x if other.limit is None else other.limit,
-        result, gates, gates if other_end is None else other_end, **arguments,
+        result, result if gates is None else gates, result if other_end is None else other_end, **arguments,
         branch_height=other.tensor.shape[1], branch_width=other.tensor.shape[2], BRANCH_K=other.tensor.shape[3],
         HAS_BIAS=bias is not None, RELU=relu, SPLIT=split, IS_RESIDUAL=is_residual,
-        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None, HAS_OTHER_END=other_end is not None,
+        OTHER_LINEAR=other.linear, OTHER_BIAS=other.linear and other.bias is not None,
+        HAS_GATES=keeps_gates, HAS_OTHER_END=other_end is not None,
         OTHER_PRODUCT=other.weight is not None, BRANCH_STRIDE=other.stride,
         EVEN_BRANCH_K=other.tensor.shape[3] % blocks.inner == 0,
         num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,
@@ -462,14 +476,16 @@ def _grid(blocks: Blocks, rows: int, columns: int) -> tuple[int]:
 
 @triton.jit
 def _backward_kernel(
-    s_ptr, weight_ptr, other_s_ptr, other_weight_ptr, row_count, C, K, OTHER_K,
+    s_ptr, weight_ptr, other_s_ptr, other_weight_ptr, x_ptr, x_weight_ptr, x_bias_ptr, row_count, C, K, OTHER_K, X_K,
+    epsilon,
     value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
     scale_a, scale_b, gate_rows, height, width,
     HAS_VALUE: tl.constexpr, HAS_PREVIOUS: tl.constexpr, PREVIOUS_STRIDE: tl.constexpr,
     HAS_DENSE: tl.constexpr, HAS_EVEN: tl.constexpr,
     GATE_A: tl.constexpr, GROUPS_A: tl.constexpr, PART_A: tl.constexpr,
     END_B: tl.constexpr, GATE_B: tl.constexpr, GROUPS_B: tl.constexpr, PART_B: tl.constexpr,
-    HAS_OTHER: tl.constexpr, EVEN_K: tl.constexpr, OTHER_EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_OTHER: tl.constexpr, HAS_DIVISOR: tl.constexpr, HAS_BIAS: tl.constexpr, STABILIZER: tl.constexpr,
+    EVEN_K: tl.constexpr, OTHER_EVEN_K: tl.constexpr, EVEN_X_K: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     rows, first_column = tile_of(C, ROWS, COLUMNS)
@@ -481,10 +497,21 @@ def _backward_kernel(
         acc, _ = product(
             acc, acc, other_s_ptr, other_weight_ptr, row, column, C, OTHER_K, INNER, OTHER_EVEN_K, 1, PRECISION
         )
+    z = acc
+    if HAS_DIVISOR:
+        z = tl.zeros((ROWS, COLUMNS), tl.float32)
+        of_image = (row.to(tl.int32) % gate_rows).to(tl.int64)
+        z, _ = product(z, z, x_ptr, x_weight_ptr, of_image, column, C, X_K, INNER, EVEN_X_K, 1, PRECISION)
     for part in tl.static_range(PARTS):
         columns = (first_column + part * (COLUMNS // PARTS) + tl.arange(0, COLUMNS // PARTS))[None, :]
+        share = 1.0
+        if HAS_DIVISOR:
+            divisor, _ = add_bias(
+                part_of(z, part, PARTS, ROWS, COLUMNS), 0.0, x_bias_ptr, columns, C, 1, HAS_BIAS
+            )  # fmt: skip
+            share = gate_of(divisor, 1.0, epsilon, 0.0, STABILIZER)
         settle(
-            part_of(acc, part, PARTS, ROWS, COLUMNS), rows, columns, (rows < row_count) & (columns < C), C,
+            part_of(acc, part, PARTS, ROWS, COLUMNS), share, rows, columns, (rows < row_count) & (columns < C), C,
             value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
             scale_a, scale_b, gate_rows, height, width,
             HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
@@ -499,17 +526,23 @@ def backward(
     """What leaves at each end of ``arrival``, (M · N, H, W, groups · C), from s (M · N, H, W, K), M maps of each image.
 
     ``weight`` (C, K): the forward weight transposed. ``second``: another message of the same rows and its weight,
-    (M · N, H, W, K₂) and (C, K₂), such as a projection's. Everything contiguous.
+    (M · N, H, W, K₂) and (C, K₂), such as a projection's. Everything contiguous. The first end may have a divisor.
     """
     maps, height, width, inner = s.shape
     rows, columns = maps * height * width, weight.shape[0]
     other_s, other_weight = (s, weight) if second is None else second
     other_inner = other_s.shape[-1]
     if blocks is None:
-        blocks = candidates(rows, columns, max(inner, other_inner), 1, s.dtype, precision)[0]
-    arrival = arrival.prepared(s, (maps, height, width, columns))
+        tiles = 1 if arrival.divisor is None else 3
+        blocks = candidates(rows, columns, max(inner, other_inner), tiles, s.dtype, precision)[0]
+    arrival = arrival.prepared(s, (maps, height, width, columns), divides=True)
+    divisor = arrival.divisor or Divisor(s, weight, None, 0.0, "plain")
+    divisor_inner = divisor.x.shape[-1]
     _backward_kernel[_grid(blocks, rows, columns)](
-        s, weight, other_s, other_weight, rows, columns, inner, other_inner,
+        s, weight, other_s, other_weight, divisor.x, divisor.weight, s if divisor.bias is None else divisor.bias,
+        rows, columns, inner, other_inner, divisor_inner, divisor.epsilon,
+        HAS_DIVISOR=arrival.divisor is not None, HAS_BIAS=divisor.bias is not None, STABILIZER=divisor.stabilizer,
+        EVEN_X_K=divisor_inner % blocks.inner == 0,
         **arrival.arguments(rows, height, width), **_tile(blocks, precision), HAS_OTHER=second is not None,
         EVEN_K=inner % blocks.inner == 0, OTHER_EVEN_K=other_inner % blocks.inner == 0,
         num_warps=blocks.warps, num_stages=blocks.stages, **OPTIONS,

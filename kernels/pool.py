@@ -272,7 +272,7 @@ def _winner_backward_kernel(
                 KERNEL_Y, KERNEL_X, STRIDE_Y, STRIDE_X, DILATION_Y, DILATION_X,
             )  # fmt: skip
     settle(
-        acc, rows, columns, inside, C,
+        acc, 1.0, rows, columns, inside, C,
         value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
@@ -307,7 +307,7 @@ def _block_backward_kernel(
     else:
         acc *= scale
     settle(
-        acc, rows, columns, inside, C,
+        acc, 1.0, rows, columns, inside, C,
         value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,

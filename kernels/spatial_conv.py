@@ -198,7 +198,7 @@ def _merged_kernel(
     store_merge(
         first, second, other_first, other_second, merged_ptr, gate_ptr, other_ptr, rows, columns, inside, C,
         epsilon, 0.0, 0.0, gamma, KIND, STABILIZER, SPLIT, RELU, IS_RESIDUAL, OTHER_LINEAR,
-        HAS_OTHER_END,
+        True, HAS_OTHER_END,
     )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def merged(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Branch, denominators: Denominators, split: str, *,
     stride: Pair, padding: Pair, dilation: Pair = (1, 1), groups: int = 1, relu: bool, is_residual: bool,
     keeps_weight: bool = True, precision: Precision = "ieee", blocks: Blocks | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
 
     That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant or the weight
@@ -383,7 +383,7 @@ def _backward_kernel(
             weights = tl.load(pointers, mask=(k < K)[:, None], other=0.0)
         acc = tl.dot(message, weights, acc, input_precision=PRECISION)
     settle(
-        acc, (image * height + y) * width + x, columns, row_inside & (column < columns_of_group), C,
+        acc, 1.0, (image * height + y) * width + x, columns, row_inside & (column < columns_of_group), C,
         value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,

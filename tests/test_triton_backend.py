@@ -132,7 +132,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """k×k convolutions by their kernels too, which is otherwise for a measurement to decide."""
-    monkeypatch.setattr(Choices, "of", lambda self, task: Choice("fused"))
+    monkeypatch.setattr(Choices, "of", lambda self, task: Choice("divided" if task.direction == "gates" else "fused"))
 
 
 def bound(composite: str) -> float:
@@ -253,6 +253,67 @@ def test_weights_of_identity_skips_are_found_again(images: Tensor, composite: st
     assert error <= (1e-3 if split == "signed" else bound(composite))
 
 
+class Bottlenecks(SmallResNet):
+    """Identity skips read by a projection's block, by their like, and by the average pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer2 = nn.Sequential(
+            *(Block("bottleneck", *shape, 1) for shape in ((24, 20, 2), (40, 20, 1), (40, 20, 1)))
+        )
+        self.layer3 = nn.Sequential()
+        self.fc = nn.Linear(40, 7)
+
+
+@pytest.mark.parametrize(
+    ("composite", "split", "found"),
+    [
+        ("otsuki2024", "ratio", 2),
+        ("otsuki2024", "signed", 2),
+        ("otsuki2024", "symmetric", 2),
+        ("otsuki2024", "residual-only", 2),
+        ("epsilon_plus", "ratio", 2),
+        ("epsilon_alpha2_beta1", "ratio", 0),
+        ("epsilon", "ratio", 0),
+        ("conserving", "ratio", 0),
+    ],
+)
+def test_merges_whose_denominators_are_multiplied_again(images: Tensor, composite: str, split: str, found: int) -> None:
+    """Of positive products alone, and where a 1×1 convolution sends the last message: not at the last merge, before a pool."""
+    model = calibrated(Bottlenecks(), 5, (8, 3, 25, 27)).to(DEVICE)
+    explainer = LRP(model, composite, backend="triton", split=split)
+    program = explainer._program(images, frozenset(), False).program
+    divided = [passes for passes in program.passes if isinstance(passes, FusedMerge) and passes.divides]
+    assert len(divided) == found
+    if composite != "epsilon":
+        error, _ = compared(model, images, composite, split=split)
+        assert error <= (1e-3 if split == "signed" else bound(composite))
+
+
+def test_gates_that_are_measured_to_be_kept_are_kept(images: Tensor) -> None:
+    model = calibrated(Bottlenecks(), 5, (8, 3, 25, 27)).to(DEVICE)
+    choices = Choices()
+
+    def timed(work: Any) -> float:
+        """The later in a task, the faster: gates are kept."""
+        nonlocal count
+        count -= 1
+        return count
+
+    count = 0.0
+    tuned(model, "otsuki2024", choices, timed)
+    assert [choice.way for key, choice in choices.measured.items() if "-gates-" in key] == ["kept", "kept"]
+    expected = LRP(model, backend="triton").explain(images, start="one")
+    explainer = LRP(model, backend="triton")
+    explainer._choices = lambda: choices  # type: ignore[method-assign]
+    program = explainer._program(images, frozenset(), False).program
+    assert not any(passes.divides for passes in program.passes if isinstance(passes, FusedMerge))
+    assert relative_error(explainer.explain(images, start="one").heatmap, expected.heatmap) <= 1e-5
+    measured = len(choices.measured)
+    tuned(model, "otsuki2024", choices, timed)
+    assert len(choices.measured) == measured
+
+
 @pytest.mark.parametrize("composite", ["otsuki2024", "epsilon_gamma_box"])
 @pytest.mark.parametrize("model", [4], indirect=True)
 def test_narrow_groups_go_to_the_library(model: nn.Module, images: Tensor, composite: str) -> None:
@@ -309,7 +370,7 @@ def test_what_has_no_kernel_runs_in_torch_and_says_why(images: Tensor) -> None:
 
 
 def test_several_targets_and_layers(model: nn.Module, images: Tensor) -> None:
-    names = ("bn1", "layer1.0", "layer2.0.branch.4", "layer3.1.branch.1", "layer3.0")
+    names = ("bn1", "layer1.0", "layer1.1", "layer2.0.branch.4", "layer3.1.branch.1", "layer3.0")
     target = torch.randint(7, (len(images), 2), device=DEVICE)
     for composite in ("otsuki2024", "conserving"):
         expected = LRP(model, composite, backend="reference").explain(images, target, layers=names)
@@ -566,10 +627,12 @@ def test_tuning_keeps_the_fastest_and_stays_right(model: nn.Module, images: Tens
 
     report = tuned(model, "otsuki2024", choices, timed)
     assert len(report.splitlines()) == len(choices.measured)
-    assert {choice.way for choice in choices.measured.values()} == {"fused", "library"}
+    assert {"fused", "library"} < {choice.way for choice in choices.measured.values()}
     merges = [key for key in choices.measured if "-merge-" in key]
-    assert len(merges) == 5
+    assert len(merges) == 6
     assert sum("+ratio-()" in key for key in merges) == 2  # of five merges three have a projection
+    assert sum("+ratio+divided-()" in key for key in merges) == 1
+    assert sum("-gates-" in key for key in choices.measured) == 1
     before = len(times)
     tuned(model, "otsuki2024", choices, timed)
     assert len(times) == before
@@ -587,11 +650,12 @@ def test_rules_and_splits_are_measured_apart(model: nn.Module) -> None:
     for composite, split in (("otsuki2024", "ratio"), ("otsuki2024", "symmetric"), ("conserving", "ratio")):
         tuned(model, composite, choices, lambda work: 1.0, split=split)
         measured.append([sum(direction in key for key in choices.measured) for direction in directions])
-    forward, backward, _ = measured[0]
-    before_merges = sum("+ratio" in key for key in choices.measured if "-backward-" in key) // 2
+    forward, backward, merges = measured[0]
+    before_merges = sum("+symmetric" in key for key in choices.measured if "-backward-" in key)
     assert 0 < before_merges < backward
-    assert measured[1] == [forward, backward + before_merges, 10]
-    assert measured[2][::2] == [2 * forward, 15]
+    assert merges == 6  # five, and of one both ways: its gates kept or not
+    assert measured[1] == [forward, backward + before_merges, 12]
+    assert measured[2][::2] == [2 * forward, 17]
 
 
 @pytest.mark.parametrize("composite", ["otsuki2024", "conserving"])

@@ -53,6 +53,7 @@ HEAVIEST = (
     "pointwise_conv.merged 56²+28²→512, αβ, projection",
     "pointwise_conv.backward 28² 2·128→512, αβ, merge",
     "pointwise_conv.backward 28² 128→512, guard, merge",
+    "pointwise_conv.backward 56² 128→256, divided merge of stride 2",
     "pointwise_conv.backward 56² 64+256→64",
     "spatial_conv.gated 28² 128→128, γ",
     "spatial_conv.merged 28² 128→128, γ, projection",

@@ -64,7 +64,7 @@ def test_an_explanation_holds_little_memory() -> None:
     """At most 60 MB an image in bfloat16, all it keeps for the backward pass, and as much again in float32."""
     model = torchvision.models.resnet50().eval()
     peaks = [recorded(model, (256, 3, 224, 224), dtype).peak / 256 for dtype in (torch.bfloat16, torch.float32)]
-    assert 30e6 < peaks[0] < 60e6
+    assert 20e6 < peaks[0] < 60e6
     assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.01)
 
 

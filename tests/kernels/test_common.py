@@ -170,9 +170,10 @@ def settled(acc: Tensor | None, arrival: Arrival, shape: tuple[int, ...]) -> lis
         if end.part == "guarded":
             results += [total * gates.clamp(min=0), summed_by_eight(total * (-gates).clamp(min=0))]
             continue
-        if end.part in SPLITS:
+        if end.splits:
             assert arrival.value is not None
-            gates, _ = defined_split(gates, of_maps(arrival.value) - gates, end.part)
+            split, *rest = end.part.split()
+            gates = defined_split(gates, of_maps(arrival.value) - gates, split)[len(rest)]
         elif end.part != "whole":
             gates = (gates if end.part == "alive" else -gates).clamp(min=0)
         results.append(torch.cat([total * one for one in gates.chunk(end.groups, -1)], -1))
@@ -298,6 +299,8 @@ def arrivals() -> dict[str, Arrival]:
         "one map": Arrival((End(normal(*SHAPE)),), value=normal(*SHAPE)),
         "ratio": Arrival((End(one), End(other, part="ratio")), value=value, dense=normal(*SHAPE)),
         "signed": Arrival((End(pair, 2), End(other, part="signed")), value=value.abs() + 1),
+        "both of a ratio": Arrival((End(other, part="ratio rest"), End(other, part="ratio")), value=value),
+        "both signed": Arrival((End(other, part="signed"), End(other, part="signed rest")), value=value.abs() + 1),
     }
 
 
@@ -326,6 +329,8 @@ def test_a_weight_is_found_again_from_what_met(split: Any, is_residual: bool) ->
     agree(found, kept, 1e-5)
     with pytest.raises(ValueError, match="and no value"):
         arrive(acc, Arrival((End(plain, part=split),)))
+    with pytest.raises(ValueError, match="with two gates, and expected the value of one branch"):
+        arrive(acc, Arrival((End(plain, part=split), End(own, part=split)), value=merged))
 
 
 @pytest.mark.parametrize("channels", [3, 8, 13, 40])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lrp_fast.kernels.common import Arrival, Branch, Denominators, End
+from lrp_fast.kernels.common import Arrival, Branch, Denominators, Divisor, End
+from lrp_fast.kernels.merge import arrive
 from lrp_fast.kernels.pointwise_conv import Blocks, Precision, backward, candidates, gated, image_maximum, merged
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -366,20 +369,33 @@ def settled(acc: Tensor, arrival: Arrival) -> list[Tensor]:
         total = total + arrival.even.double().view(*total.shape[:-1], 1)
     leaving = []
     for end in arrival.ends:
+        share = divided_by(end.divisor)
         if end.gate is None:
-            leaving.append(total * end.scale)
+            leaving.append(total * end.scale * of_maps(share))
             continue
         gate = of_maps(end.gate)
         if end.part == "guarded":
             dead = total * (-gate).clamp(min=0)
             leaving += [total * gate.clamp(min=0), torch.stack([part.sum(-1) for part in dead.split(8, -1)], -1)]
             continue
-        if end.part == "ratio":
-            gate, _ = weights_of(gate, of_maps(arrival.value) - gate, end.part)
+        if end.splits:
+            split, *rest = end.part.split()
+            gate = weights_of(gate, of_maps(arrival.value) - gate, split)[len(rest)]
         else:
             gate = {"whole": gate, "alive": gate.clamp(min=0), "dead": (-gate).clamp(min=0)}[end.part]
-        leaving.append(total.repeat(1, 1, 1, end.groups) * gate)
+        leaving.append(total.repeat(1, 1, 1, end.groups) * gate * of_maps(share))
     return leaving
+
+
+def divided_by(divisor: Divisor | None) -> Tensor:
+    """1 / stab(z), (N, H, W, C)."""
+    if divisor is None:
+        return torch.ones(1, 1, 1, 1, dtype=torch.float64, device=DEVICE)
+    z = convolved(divisor.x, divisor.weight, divisor.bias, 1)
+    if divisor.stabilizer == "vanishing":
+        return 1 / torch.where(z + divisor.epsilon == 0, divisor.epsilon, z + divisor.epsilon)
+    below = (z < 0) & (divisor.stabilizer == "signed")
+    return 1 / (z + torch.where(below, -divisor.epsilon, divisor.epsilon))
 
 
 def check_backward(
@@ -447,6 +463,57 @@ def test_backward_through_a_merge_whose_weight_is_found_again() -> None:
         check_backward((4, 3, 5, 24), 40, arrival, blocks=blocks)
 
 
+def drawn_divisor(
+    images: int, size: tuple[int, int], channels: int, stabilizer: Any = "plain", has_bias: bool = True,
+    dtype: torch.dtype = torch.float32, inner: int = 40,
+) -> Divisor:  # fmt: skip
+    """Of positive products, or signed ones without a pole nearby."""
+    x, weight = normal(images, *size, inner, dtype=dtype).relu(), normal(channels, inner, dtype=dtype).abs()
+    sign = 1.0 if stabilizer == "plain" else torch.where(torch.arange(channels, device=DEVICE) % 2 == 0, 1.0, -1.0)
+    bias = (normal(channels).abs() + 0.5) * sign if has_bias else None
+    return Divisor(x, (weight.T * sign).T.to(dtype).contiguous(), bias, 0.25, stabilizer)
+
+
+@pytest.mark.parametrize("maps", [1, 3])
+@pytest.mark.parametrize("stabilizer", ["plain", "signed", "vanishing"])
+@pytest.mark.parametrize("split", ["ratio", "signed"])
+def test_backward_through_a_denominator_multiplied_again(split: Any, stabilizer: str, maps: int) -> None:
+    """The weight of a merge's linear branch and its denominator, neither of which was kept."""
+    plain, own = normal(2, 3, 5, 24).relu(), normal(2, 3, 5, 24)
+    own = torch.where((plain + own).abs() < 0.3, own + 1, own)  # away from the pole of "signed"
+    divisor = drawn_divisor(2, (3, 5), 24, stabilizer, has_bias=maps == 1)
+    rest: Any = f"{split} rest"
+    arrival = Arrival(
+        (End(plain, part=rest, divisor=divisor), End(plain, part=split)), value=plain + own,
+        previous=normal(2 * maps, 2, 3, 24), previous_stride=2, dense=normal(2 * maps, 3, 5, 24),
+    )  # fmt: skip
+    for blocks in (SMALL, WIDE, None):
+        check_backward((2 * maps, 3, 5, 24), 24, arrival, second=16, blocks=blocks)
+
+
+def test_backward_through_a_denominator_under_a_constant_split() -> None:
+    arrival = Arrival((End(scale=0.5, divisor=drawn_divisor(2, (3, 5), 13)), End(scale=0.5)), value=normal(2, 3, 5, 13))
+    check_backward((4, 3, 5, 40), 13, arrival, blocks=SMALL)
+    check_backward((2, 3, 5, 40), 13, Arrival((End(scale=-2.0, divisor=drawn_divisor(2, (3, 5), 13)),)), blocks=WIDE)
+
+
+def test_a_merge_of_which_gates_are_not_kept() -> None:
+    x, weight, bias, plain = normal(2, 3, 5, 24), normal(40, 24), normal(40), normal(2, 3, 5, 40)
+    result, *rest = merged(
+        x, weight, bias, Branch(plain), OWN, "ratio", relu=True, is_residual=True, keeps_weight=False, keeps_gates=False
+    )
+    assert rest == [None, None]
+    agree(result, (convolved(x, weight, bias, 1) + plain).relu(), 1e-5)
+
+
+def test_a_divisor_that_no_kernel_multiplies_is_refused() -> None:
+    divided, s, weight = End(divisor=drawn_divisor(1, (2, 2), 24)), normal(1, 2, 2, 24), normal(24, 24)
+    with pytest.raises(ValueError, match="expected one at the first end of pointwise_conv.backward alone"):
+        backward(s, weight, Arrival((End(), divided)))
+    with pytest.raises(ValueError, match="expected one at the first end of pointwise_conv.backward alone"):
+        arrive(s, Arrival((divided,)))
+
+
 @pytest.mark.parametrize(("inner", "second"), [(40, 16), (32, 40)])
 def test_backward_of_two_messages(inner: int, second: int) -> None:
     arrival = Arrival((End(normal(2, 5, 3, 24)), End()), value=normal(2, 5, 3, 24))
@@ -460,7 +527,7 @@ def test_backward_of_two_messages(inner: int, second: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_size_has_block_shapes(dtype: torch.dtype, precision: Precision) -> None:
     for rows, columns, inner in ((49, 2048, 512), (3136, 64, 64), (802816, 64, 256), (802816, 256, 64), (70, 24, 24)):
-        for stacks in (1, 2):
+        for stacks in (1, 2, 3):
             found = candidates(rows, columns, inner, stacks, dtype, precision)
             assert len(found) > 1
             assert all(min(blocks.rows, blocks.columns, blocks.inner) >= 16 for blocks in found)
@@ -491,3 +558,7 @@ def test_on_a_gpu(images: int, dtype: torch.dtype, precision: Precision) -> None
     )  # fmt: skip
     for blocks in candidates(rows, 512, 128, 1, dtype, precision):
         check_backward(shape, 512, arrival, second=256, blocks=blocks, **options)  # type: ignore[arg-type]
+    divisor = drawn_divisor(images, (28, 28), 512, dtype=dtype, inner=128)
+    ends = End(gates[0], part="ratio rest", divisor=divisor), End(gates[0], part="ratio")
+    for blocks in candidates(rows, 512, 128, 3, dtype, precision):
+        check_backward(shape, 512, replace(arrival, ends=ends), blocks=blocks, **options)  # type: ignore[arg-type]

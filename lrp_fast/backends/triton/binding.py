@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ from lrp_fast.backends.triton.linear import (
     is_pointwise,
     stabilizer_form,
 )
-from lrp_fast.backends.triton.merges import FusedMerge
+from lrp_fast.backends.triton.merges import FusedMerge, may_divide, merge_epilogue
 from lrp_fast.backends.triton.passes import TritonPasses
 from lrp_fast.backends.triton.pools import FusedPool, FusedWinnerPool
 from lrp_fast.kernels import pointwise_conv
@@ -93,10 +93,12 @@ def serve(
         shape = shapes[unit.output][1:]
         if isinstance(operation, LinearOperation):
             (source,) = unit.inputs
-            settled = settled_with(receiver_of(place, served[source], readers[source]), readers[source])
+            receiver = receiver_of(place, served[source], readers[source])
+            settled = settled_with(None if receiver is None else receiver.epilogue, readers[source])
             served.append(_serve_linear(unit, operation, inputs[0], shape, precision, settled, choices))
         elif isinstance(operation, MergeOperation):
-            found = _serve_merge(unit, operation, units, served, shape, inputs[0][0], choices)
+            divides = partial(_divides, units, operations, shapes, place, readers[place], precision, choices)
+            found = _serve_merge(unit, operation, units, served, shape, inputs[0][0], choices, divides)
             if isinstance(found, str):
                 for source in unit.inputs:
                     if units[source].numerator == "weight":
@@ -190,11 +192,11 @@ def receiver_of(place: int, source: object, readers: Sequence[int]) -> TritonPas
     return source if isinstance(source, TritonPasses) and readers[0] == place else None
 
 
-def settled_with(receiver: TritonPasses | None, readers: Sequence[int]) -> str:
-    """What the kernel that sends a message does behind its product; empty if nothing."""
-    if receiver is None:
+def settled_with(epilogue: str | None, readers: Sequence[int]) -> str:
+    """What the kernel that sends a message does behind its product, its receiver's epilogue; empty if nothing."""
+    if epilogue is None:
         return ""
-    return receiver.epilogue + ("+more" if len(readers) > 1 else "")
+    return epilogue + ("+more" if len(readers) > 1 else "")
 
 
 def has_wide_groups(layer: Convolution, inputs: int, outputs: int) -> bool:
@@ -240,8 +242,9 @@ def denominators_of(operation: LinearOperation) -> Denominators | str:
 
 def _serve_merge(
     unit: Unit, operation: MergeOperation, units: Sequence[Unit], served: Sequence[Served], shape: Shape, batch: int,
-    choices: Choices,
+    choices: Choices, divides: Callable[[str], bool],
 ) -> Served:  # fmt: skip
+    """``divides``: whether the kernel that settles what arrives at the merge, with that epilogue, multiplies a divisor."""
     if operation.split.name not in SPLITS or get_split(operation.split.name) != operation.split:
         return f"no kernel knows the split {operation.split.name!r}"
     if any(zeros is not None for zeros in operation.zeros):
@@ -264,23 +267,43 @@ def _serve_merge(
         return "its branches end in different rules"
     if any(branch.layer.groups > 1 and branch.denominators.stacks > 1 for branch in linears):
         return "a branch ends in a grouped convolution"
-    last = linears[-1]
-    choice = choices.of(merge_task(linears, batch, operation.split.name))
+    last, vanishes, split = linears[-1], unit.vanishes and unit.keep, operation.split.name
+    divided = may_divide(branches, split, vanishes) and divides(merge_epilogue(last, split, divides=True))
+    choice = choices.of(merge_task(linears, batch, split, divided))
     if not has_wide_groups(last.layer, last.x_shape[0], last.shape[0]):
         choice = LIBRARY
     if any(rounds_parts(branch.operation, branch.denominators) for branch in linears):
         if len(linears) > 1 and not all(branch.pointwise for branch in linears):
             return ROUNDED
         choice = _fused(choice)
-    return FusedMerge(operation, unit.relu, branches, shape, choice, unit.vanishes and unit.keep)
+    return FusedMerge(operation, unit.relu, branches, shape, choice, vanishes, divided)
 
 
-def merge_task(linears: Sequence[FusedLinear], batch: int, split: str) -> Task:
+def _divides(
+    units: Sequence[Unit], operations: Sequence[object], shapes: Sequence[Shape], place: int, readers: Sequence[int],
+    precision: str, choices: Choices, epilogue: str,
+) -> bool:  # fmt: skip
+    """Whether what arrives at the merge at ``place`` is settled behind a product, in the kernel of a 1×1 convolution."""
+    if not readers:
+        return False
+    sender = units[readers[0]]
+    operation = operations[sender.step]
+    if not isinstance(operation, LinearOperation) or not isinstance(operation.layer, Convolution):
+        return False
+    denominators, pointwise = denominators_of(operation), is_pointwise(operation.layer, operation)
+    if isinstance(denominators, str) or not pointwise or operation.layer.stride != (1, 1):
+        return False
+    task = task_of(operation, denominators, shapes[units[place].output], shapes[sender.output][1:], precision)
+    settled = settled_with(epilogue, readers)
+    return choices.of(task("backward", settled)).way == "fused" and choices.of(task("gates", settled)).way == "divided"
+
+
+def merge_task(linears: Sequence[FusedLinear], batch: int, split: str, divides: bool) -> Task:
     """The task of a merge's forward pass; ``linears``: the last layers of its branches that are such."""
     *others, last = linears
     task = task_of(last.operation, last.denominators, (batch, *last.x_shape), last.shape, last.precision)
     beside = tuple((*branch.x_shape, *branch.weights.forward.shape[1:]) for branch in others)
-    return replace(task("merge", f"{last.epilogue}+{split}"), beside=beside)
+    return replace(task("merge", merge_epilogue(last, split, divides)), beside=beside)
 
 
 def _serve_pool(operation: ProportionalPool, x_shape: Shape, shape: Shape) -> Served:

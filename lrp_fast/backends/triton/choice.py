@@ -10,7 +10,7 @@ import json
 import pathlib
 import tempfile
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import triton
@@ -19,9 +19,10 @@ from lrp_fast.environment import cache_folder
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.version import VERSION
 
-Way = Literal["fused", "library"]
-Direction = Literal["forward", "backward", "merge"]
-"""Of a convolution's pass; ``merge``: forward, where its output meets another branch."""
+Way = Literal["fused", "library", "divided", "kept"]
+Direction = Literal["forward", "backward", "merge", "gates"]
+"""Of a convolution's pass; ``merge``: forward, where its output meets another branch; ``gates``: of a merge that its message
+goes to, forward there and backward."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Choice:
-    """``fused``: a kernel with the pass in its epilogue; ``library``: the library's convolution, the pass behind it."""
+    """``fused``: a kernel with the pass in its epilogue; ``library``: the library's convolution, the pass behind it.
+
+    Of a merge's gates, ``kept``: written forward and read backward; ``divided``: the denominator multiplied again.
+    """
 
     way: Way
     blocks: Blocks | None = None
@@ -63,7 +67,8 @@ class Choice:
 class Choices:
     """The choices for one device: :meth:`of` a task what was measured, else the default.
 
-    Without a measurement 1×1 convolutions, where the library has no advantage, are fused, and others are the library's.
+    Without a measurement 1×1 convolutions, where the library has no advantage, are fused, and others are the library's; gates
+    of a merge are divided, where they can be.
     """
 
     path: pathlib.Path | None = None
@@ -95,7 +100,8 @@ class Choices:
 
     def of(self, task: Task) -> Choice:
         """The choice for a task."""
-        return self.measured.get(task.key) or Choice(self.defaults[task.kernel])
+        default = "divided" if task.direction == "gates" else self.defaults[task.kernel]
+        return self.measured.get(task.key) or Choice(default)
 
     def keep(self, task: Task, choice: Choice) -> None:
         """Remember a measured choice, on disk too."""
@@ -111,6 +117,6 @@ class Choices:
 
 def _choice(entry: dict[str, object]) -> Choice:
     way, blocks = entry["way"], entry["blocks"]
-    if way not in ("fused", "library"):
+    if way not in get_args(Way):
         raise ValueError(f"unknown way {way!r}")
-    return Choice(way, Blocks(**blocks) if isinstance(blocks, dict) else None)
+    return Choice(way, Blocks(**blocks) if isinstance(blocks, dict) else None)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from lrp_fast.kernels import gate, heatmap, merge, pointwise_conv, pool, spatial_conv
-from lrp_fast.kernels.common import Arrival, Branch, Denominators, End, merge_outputs
+from lrp_fast.kernels.common import Arrival, Branch, Denominators, Divisor, End, merge_outputs
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.scopes import watched
 
 Tensors = Sequence[Any]
 """Tensors, and None where an optional one is missing."""
 Values = dict[str, Any]
-ARRIVAL_TENSORS = 6
+ARRIVAL_TENSORS = 9
 """So many tensors of an arrival stand behind an op's own."""
 
 
@@ -76,28 +76,38 @@ class Operator:
 
 def arrival_tensors(arrival: Arrival) -> list[Tensor | None]:
     """An arrival's tensors in the order every op takes them."""
-    gates = [end.gate for end in arrival.ends]
-    return [arrival.value, arrival.previous, arrival.dense, arrival.even, *[*gates, None][:2]]
+    gates, divisor = [end.gate for end in arrival.ends], arrival.divisor
+    if all(end.splits for end in arrival.ends):  # both name one branch, which a compiled graph could take for two
+        gates[1:] = []
+    product = [None] * 3 if divisor is None else [divisor.x, divisor.weight, divisor.bias]
+    return [arrival.value, arrival.previous, arrival.dense, arrival.even, *[*gates, None, None][:2], *product]
 
 
 def arrival_text(arrival: Arrival) -> str:
     """The rest of an arrival; written without a library, so that torch.compile can follow."""
+    divisor = "" if arrival.divisor is None else f"{arrival.divisor.epsilon},{arrival.divisor.stabilizer}"
     ends = ";".join([f"{end.groups},{end.scale},{end.part}" for end in arrival.ends])
-    return f"{arrival.previous_stride};{ends}"
+    return f"{arrival.previous_stride};{divisor};{ends}"
 
 
-def _ends(text: str) -> list[tuple[int, float, str]]:
-    fields = [end.split(",") for end in text.split(";")[1:]]
+def _ends(text: Sequence[str]) -> list[tuple[int, float, str]]:
+    fields = [end.split(",") for end in text]
     return [(int(groups), float(scale), part) for groups, scale, part in fields]
 
 
 def _arrival(tensors: Tensors, text: str) -> Arrival:
-    value, previous, dense, even, *gates = tensors
-    ends = tuple(
+    value, previous, dense, even, *gates = tensors[:-3]
+    stride, divisor, *fields = text.split(";")
+    ends = [
         End(gate, groups, scale, part)  # type: ignore[arg-type]
-        for gate, (groups, scale, part) in zip(gates, _ends(text), strict=False)
-    )
-    return Arrival(ends, value, previous, int(text.split(";")[0]), dense, even)
+        for gate, (groups, scale, part) in zip(gates, _ends(fields), strict=False)
+    ]
+    if all(end.splits for end in ends):
+        ends = [replace(end, gate=gates[0]) for end in ends]
+    if divisor:
+        (x, weight, bias), (epsilon, stabilizer) = tensors[-3:], divisor.split(",")
+        ends[0] = replace(ends[0], divisor=Divisor(x, weight, bias, float(epsilon), stabilizer))  # type: ignore[arg-type]
+    return Arrival(tuple(ends), value, previous, int(stride), dense, even)
 
 
 def _given_to(tensors: Tensors, configured: str, arrival: str) -> tuple[Tensors, Values]:
@@ -108,8 +118,8 @@ def _given_to(tensors: Tensors, configured: str, arrival: str) -> tuple[Tensors,
     return tensors[:-ARRIVAL_TENSORS], values | {"arrival": _arrival(tensors[-ARRIVAL_TENSORS:], arrival)}
 
 
-def _ends_like(like: Tensor, shape: Sequence[int], values: Values) -> list[Tensor]:
-    return list(values["arrival"].prepared(like, tuple(shape)).outputs)
+def _ends_like(like: Tensor, shape: Sequence[int], values: Values, divides: bool = False) -> list[Tensor]:
+    return list(values["arrival"].prepared(like, tuple(shape), divides).outputs)
 
 
 # Forward ----------------------------------------------------------------------------------------------------------------
@@ -145,6 +155,7 @@ def _run_pointwise_maximum(tensors: Tensors, values: Values) -> Sequence[Tensor]
 def _merged_like(like: Tensor, shape: Sequence[int], stacked: int, values: Values) -> list[Tensor]:
     denominators: Denominators = values["denominators"]
     chosen = [values[name] for name in ("split", "other_linear", "keeps_weight")]
+    chosen.append(values.get("keeps_gates", True))
     return _given(merge_outputs(like, (*shape, stacked // denominators.stacks), denominators, *chosen))
 
 
@@ -221,7 +232,7 @@ def _run_pointwise_backward(tensors: Tensors, values: Values) -> Sequence[Tensor
 
 def _like_pointwise_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:
     s, weight = tensors[:2]
-    return _ends_like(s, (*s.shape[:-1], weight.shape[0]), values)
+    return _ends_like(s, (*s.shape[:-1], weight.shape[0]), values, divides=True)
 
 
 def _run_spatial_backward(tensors: Tensors, values: Values) -> Sequence[Tensor]:

@@ -169,6 +169,16 @@ class Weights(NamedTuple):
     transposed: Tensor
     bias: Tensor | None
 
+    def halves(self) -> tuple[Weights, Weights]:
+        """Of two stacks forward, each alone."""
+        forward, library = self.forward.chunk(2), self.library.chunk(2)
+        bias = (None, None) if self.bias is None else self.bias.chunk(2)
+        first, second = (
+            self._replace(forward=own, library=other, bias=added)
+            for own, other, added in zip(forward, library, bias, strict=True)
+        )
+        return first, second
+
 
 _PACKED: weakref.WeakKeyDictionary[LinearOperation, Weights] = weakref.WeakKeyDictionary()
 
@@ -256,11 +266,12 @@ class FusedLinear(TritonPasses):
 
     # Forward.
 
-    def raw(self, x: Tensor) -> Tensor:
-        """The library's convolution with stacked weights, without bias: N × H × W × S · C."""
+    def raw(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The library's convolution with stacked weights, or with one of its own, without bias: N × H × W × S · C."""
         layer = self.layer
         geometry = (layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.stride), layer.groups)
-        return pack(torch.convolution(x.to(self.operation.dtype), self.weights.library, None, *geometry))
+        weight = self.weights.library if weight is None else weight
+        return pack(torch.convolution(x.to(self.operation.dtype), weight, None, *geometry))
 
     def limit(self, stacked: Tensor) -> Tensor | None:
         """What counts as a zero denominator in each image, under a zero-guard: N."""

@@ -23,12 +23,12 @@ from lrp_fast.backends.triton.binding import (
     settled_with,
     task_of,
 )
-from lrp_fast.backends.triton.choice import Choice, Choices, Task
+from lrp_fast.backends.triton.choice import Choice, Choices, Task, Way
 from lrp_fast.backends.triton.linear import FusedLinear, fuses
 from lrp_fast.backends.triton.merges import FusedMerge
 from lrp_fast.backends.triton.passes import TritonPasses
 from lrp_fast.kernels import pointwise_conv, spatial_conv
-from lrp_fast.kernels.common import Arrival, End
+from lrp_fast.kernels.common import Arrival, Denominators, End
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.layers import Shape
 from lrp_fast.plan import Unit, readers_of
@@ -44,7 +44,7 @@ def tune(
 ) -> str:  # fmt: skip
     """Measure every convolution and merge that has no measured choice yet, keep the best, and say what was chosen."""
     rows = []
-    for task, candidates in _tasks(units, passes, batch):
+    for task, candidates in _tasks(units, passes, batch, choices):
         if task.key not in choices.measured:
             times = _times(candidates, timed or milliseconds)
             if times:
@@ -67,30 +67,52 @@ def _times(candidates: Candidates, timed: Callable[..., float]) -> dict[Choice, 
     return {choice: time for choice, time in times.items() if time < math.inf}
 
 
-def _tasks(units: Sequence[Unit], passes: Sequence[Passes | None], batch: int) -> Iterator[tuple[Task, Candidates]]:
+def _tasks(
+    units: Sequence[Unit], passes: Sequence[Passes | None], batch: int, choices: Choices
+) -> Iterator[tuple[Task, Candidates]]:
     readers = readers_of(units)
     for place, one in enumerate(passes):
-        if isinstance(one, FusedMerge):
-            linears = [branch for branch in one.branches if branch is not None]
-            if _wide(one.last):
-                yield merge_task(linears, batch, one.operation.split.name), _of_merge(one, batch)
+        if isinstance(one, FusedMerge) and _wide(one.last):
+            for merge in _ways(one):
+                yield _merge_task(merge, batch), _of_merge(merge, batch)
         elif isinstance(one, FusedLinear) and _wide(one):
             task = task_of(one.operation, one.denominators, (batch, *one.x_shape), one.shape, one.precision)
             if one.onward is not None:
                 yield task("forward", one.epilogue), _of_forward(one, batch)
             (source,) = units[place].inputs
             receiver = receiver_of(place, passes[source], readers[source])
-            arrival = partial(_arrival, receiver, len(readers[source]) > 1, units[source].keep, one, batch)
-            yield task("backward", settled_with(receiver, readers[source])), _of_backward(one, batch, arrival)
+            more, keep = len(readers[source]) > 1, units[source].keep
+            settled = [settled_with(None if way is None else way.epilogue, readers[source]) for way in _ways(receiver)]
+            for way, epilogue in zip(_ways(receiver), settled, strict=True):
+                yield (
+                    task("backward", epilogue),
+                    _of_backward(one, batch, partial(_arrival, way, more, keep, one, batch)),
+                )
+            if isinstance(receiver, FusedMerge) and receiver.divides:
+                merges = [way.chosen(choices.of(_merge_task(way, batch))) for way in _ways(receiver)]
+                senders = [_variant(one, one.onward, choices.of(task("backward", epilogue))) for epilogue in settled]
+                yield task("gates", settled[0]), _of_gates(merges, senders, more, keep, batch)
+
+
+def _ways(passes: Any) -> list[Any]:
+    """A merge that divides, and as it is with its gates kept; other passes alone."""
+    return [passes, passes.kept()] if isinstance(passes, FusedMerge) and passes.divides else [passes]
+
+
+def _merge_task(merge: FusedMerge, batch: int) -> Task:
+    linears = [branch for branch in merge.branches if branch is not None]
+    return merge_task(linears, batch, merge.operation.split.name, merge.divides)
 
 
 def _wide(layer: FusedLinear) -> bool:
     return has_wide_groups(layer.layer, layer.x_shape[0], layer.shape[0])
 
 
-def _choices(layer: FusedLinear, blocks: Iterable[Blocks], forward: bool = True) -> Iterator[Choice]:
+def _choices(
+    layer: FusedLinear, blocks: Iterable[Blocks], forward: bool = True, library: bool = True
+) -> Iterator[Choice]:
     """The library's convolution, where it would do, and the kernel with each of its blocks."""
-    if not (forward and rounds_parts(layer.operation, layer.denominators)):
+    if library and not (forward and rounds_parts(layer.operation, layer.denominators)):
         yield LIBRARY
     if fuses(layer) or not forward:
         yield from (Choice("fused", one) for one in blocks)
@@ -112,17 +134,25 @@ def _of_forward(layer: FusedLinear, batch: int) -> Candidates:
 
 
 def _arrival(receiver: TritonPasses | None, more: bool, keep: bool, layer: FusedLinear, batch: int) -> Arrival | None:
-    """What a message is settled with: its receiver's gates, beside what else has arrived there; None if with nothing.
+    """What a message of ``layer`` is settled with: its receiver's gates, beside what else has arrived there; None if with nothing.
 
     ``more``: others send there too. ``keep``: the receiver's output is kept.
     """
     if receiver is None:
         return None
-    value, saved = receiver.forward(_inputs(receiver, batch, layer))
-    before = Arrived()
-    if more:
-        other = _image(layer, batch, receiver.shape)
-        before = Arrived(acc=other) if receiver.over_value else Arrived(dense=other)
+    return _settled_at(receiver, _inputs(receiver, batch, layer), _before(receiver, more, layer, batch), keep)
+
+
+def _before(receiver: TritonPasses, more: bool, layer: FusedLinear, batch: int) -> Arrived:
+    """What others have sent there."""
+    if not more:
+        return Arrived()
+    other = _image(layer, batch, receiver.shape)
+    return Arrived(acc=other) if receiver.over_value else Arrived(dense=other)
+
+
+def _settled_at(receiver: TritonPasses, sources: list[Tensor], before: Arrived, keep: bool) -> Arrival:
+    value, saved = receiver.forward(sources)
     return receiver.arrival(before, value if keep else None, receiver.ends(saved))
 
 
@@ -130,18 +160,36 @@ def _of_backward(layer: FusedLinear, batch: int, arrival_of: Callable[[], Arriva
     (inputs, *_), (outputs, height, width) = layer.x_shape, layer.shape
     dtype, groups, inner = layer.dtype, layer.layer.groups, outputs * layer.denominators.groups
     precision: Any = layer.precision
+    s, arrival = _random(layer, batch, height, width, inner), arrival_of()
+    tiles = 1 if arrival is None or arrival.divisor is None else 3  # with a divisor, no library
     if layer.pointwise:
         rows, capability = batch * height * width, _capability(layer.weights.backward.device)
-        blocks = pointwise_conv.candidates(rows, inputs, inner, 1, dtype, precision, capability)
+        blocks = pointwise_conv.candidates(rows, inputs, inner, tiles, dtype, precision, capability)
     else:
         blocks = spatial_conv.candidates(inputs // groups, inner // groups, 1, dtype, precision)
-    s, arrival = _random(layer, batch, height, width, inner), arrival_of()
-    for choice in _choices(layer, blocks, forward=False):
+    for choice in _choices(layer, blocks, forward=False, library=tiles == 1):
         variant = _variant(layer, layer.onward, choice)
         if layer.pointwise and layer.layer.stride[0] > 1:  # whose message is settled with another's
             yield choice, partial(variant.send, [s], None, False)
         else:
             yield choice, partial(variant.send_settled, [s], arrival or Arrival((End(),)))
+
+
+def _of_gates(
+    merges: Sequence[FusedMerge], senders: Sequence[FusedLinear], more: bool, keep: bool, batch: int
+) -> Candidates:
+    """A merge that divides, and as it is with its gates kept: forward, and backward with what is sent there."""
+    layer = senders[0]
+    outputs, height, width = layer.shape
+    s = _random(layer, batch, height, width, outputs * layer.denominators.groups)
+    sources, before = _inputs(merges[0], batch, layer), _before(merges[0], more, layer, batch)
+    ways: tuple[Way, ...] = ("divided", "kept")
+    for way, merge, sender in zip(ways, merges, senders, strict=True):
+
+        def work(merge: FusedMerge = merge, sender: FusedLinear = sender) -> object:
+            return sender.send_settled([s], _settled_at(merge, sources, before, keep))
+
+        yield Choice(way), work
 
 
 def _of_merge(merge: FusedMerge, batch: int) -> Candidates:
@@ -150,6 +198,7 @@ def _of_merge(merge: FusedMerge, batch: int) -> Candidates:
     (inputs, *_), groups, denominators = last.x_shape, last.layer.groups, last.denominators
     precision: Any = last.precision
     if last.pointwise:
+        denominators = Denominators("own") if merge.divides else denominators
         held = pointwise_conv.held(denominators, beside is not None, beside is not None and beside.pointwise)
         rows, capability = batch * height * width, _capability(last.weights.backward.device)
         blocks = pointwise_conv.candidates(rows, outputs, inputs, held, last.dtype, precision, capability)
@@ -158,8 +207,7 @@ def _of_merge(merge: FusedMerge, batch: int) -> Candidates:
         blocks = spatial_conv.candidates(outputs // groups, inputs // groups, tiles, last.dtype, precision)
     sources = _inputs(merge, batch, last)
     for choice in _choices(last, blocks):
-        variant = FusedMerge(merge.operation, merge.relu, merge.branches, merge.shape, choice, merge.vanishes)
-        yield choice, partial(variant.forward, sources)
+        yield choice, partial(merge.chosen(choice).forward, sources)
 
 
 def _variant(layer: FusedLinear, onward: Choice | None, back: Choice) -> FusedLinear:
