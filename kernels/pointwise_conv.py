@@ -88,7 +88,7 @@ TABLE: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("half", "few", 3): [(64, 32, 64, 4, 3), (64, 64, 64, 4, 3), (32, 32, 128, 4, 3), (16, 32, 128, 4, 3)],
     ("half", "narrow", 3): [(64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 32, 64, 4, 3)],
     ("half", "big", 3): [(64, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 64, 64, 8, 3)],
-    ("tf32", "few", 3): [(64, 32, 64, 4, 3), (64, 64, 32, 4, 3), (32, 32, 64, 4, 3), (16, 32, 64, 4, 3)],
+    ("tf32", "few", 3): [(64, 64, 32, 4, 3), (32, 32, 64, 4, 3), (64, 32, 32, 4, 3), (16, 32, 64, 4, 3)],
     ("tf32", "narrow", 3): [(64, 64, 32, 4, 3), (128, 64, 32, 8, 3)],
     ("tf32", "big", 3): [(64, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
     ("ieee", "few", 3): [(32, 32, 32, 4, 3), (16, 32, 32, 4, 3), (64, 64, 16, 8, 3)],
@@ -533,8 +533,8 @@ def backward(
     other_s, other_weight = (s, weight) if second is None else second
     other_inner = other_s.shape[-1]
     if blocks is None:
-        tiles = 1 if arrival.divisor is None else 3
-        blocks = candidates(rows, columns, max(inner, other_inner), tiles, s.dtype, precision)[0]
+        tiles, deepest = (1, 0) if arrival.divisor is None else (3, arrival.divisor.x.shape[-1])
+        blocks = candidates(rows, columns, max(inner, other_inner, deepest), tiles, s.dtype, precision)[0]
     arrival = arrival.prepared(s, (maps, height, width, columns), divides=True)
     divisor = arrival.divisor or Divisor(s, weight, None, 0.0, "plain")
     divisor_inner = divisor.x.shape[-1]

@@ -229,7 +229,7 @@ def merged(
     x: Tensor, weight: Tensor, bias: Tensor | None, other: Branch, denominators: Denominators, split: str, *,
     stride: Pair, padding: Pair, dilation: Pair = (1, 1), groups: int = 1, relu: bool, is_residual: bool,
     keeps_weight: bool = True, precision: Precision = "ieee", blocks: Blocks | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Merged (N, Ho, Wo, C), this branch's gates (N, Ho, Wo, G · C), and how relevance leaves for the ``other``.
 
     That is its gates (…, G · C) if it is linear, else its weight (…, C), or None where the split is constant or the weight
@@ -246,6 +246,7 @@ def merged(
         x, weight, denominators, stride, padding, dilation, groups, tiles, precision, blocks
     )
     result, gates, other_end = merge_outputs(x, shape, denominators, split, other.linear, keeps_weight)
+    assert gates is not None
     _merged_kernel[_grid(blocks, arguments["row_count"], shape[-1], groups)](
         x, weight, x if bias is None else bias, other.tensor, x if other.bias is None else other.bias,
         result, gates, gates if other_end is None else other_end, **arguments,

@@ -1,6 +1,6 @@
 """What the compiler makes of every case of bench/cases.py, for GPUs this machine does not have.
 
-    python tests/kernels/resources.py heaviest|cases|candidates [dtype ...]
+    python tests/kernels/resources.py heaviest|cases|candidates|few [dtype ...]
 
 prints JSON rows (:class:`Row`). A process of its own without TRITON_INTERPRET, which :func:`resources` starts.
 """
@@ -30,7 +30,7 @@ from cases import KernelCase, kernel_cases
 from lrp_fast.kernels import pointwise_conv, spatial_conv
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-Mode = Literal["heaviest", "cases", "candidates"]
+Mode = Literal["heaviest", "cases", "candidates", "few"]
 BATCH = 256
 DTYPES: dict[str, tuple[torch.dtype, pointwise_conv.Precision]] = {
     "bf16": (torch.bfloat16, "ieee"),
@@ -152,14 +152,16 @@ def wanted(mode: Mode, case: KernelCase, dtype: str, capability: int) -> bool:
         return True
     if mode == "candidates":
         return "_conv." in case.kernel and (dtype == "bf16" or capability == 90)
+    if mode == "few":
+        return "_conv." in case.kernel and case.name in HEAVIEST
     if dtype == "bf16":
         return capability == 90 or case.name in HEAVIEST
     return capability == 90 and "_conv." in case.kernel and case.name in HEAVIEST
 
 
 def launches(mode: Mode, case: KernelCase, dtype: str, capability: int) -> list[Launch]:
-    """What a case launches; under ``candidates`` with each of them but the default."""
-    run = case.build(torch.device("meta"), DTYPES[dtype][0], BATCH, DTYPES[dtype][1]).run
+    """What a case launches; under ``candidates`` with each of them but the default, under ``few`` for one image."""
+    run = case.build(torch.device("meta"), DTYPES[dtype][0], 1 if mode == "few" else BATCH, DTYPES[dtype][1]).run
     if mode != "candidates":
         return launches_of(run)
     return [launch for place in range(1, 6) for launch in launches_of(partial(with_candidate, place, capability, run))]

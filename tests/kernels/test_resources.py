@@ -34,7 +34,7 @@ def test_each_kernel_and_epilogue_is_within_its_budget() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["cases", "candidates"])
+@pytest.mark.parametrize("mode", ["cases", "candidates", "few"])
 def test_every_case_and_candidate_is_within_its_budget(mode: Mode) -> None:
     """What an autotuner may pick must not spill either."""
     rows = resources(mode)

@@ -228,6 +228,9 @@ def denominators_of(operation: LinearOperation) -> Denominators | str:
     if len(evaluated) == len(recipes) == 2 and plain:
         return Denominators("stacked", epsilon, form)
     if weights == [WHOLE, POSITIVE, NEGATIVE] and len(recipes) == 3 and plain:
+        own, *halves = evaluated
+        if [(term.own, term.bias) for term in halves] != [(own.own, POSITIVE), (own.own, NEGATIVE)]:
+            return "its denominators do not add up to its output"
         return Denominators("signs", epsilon, form)
     if weights == [WHOLE, POSITIVE] and len(recipes) == 3 and operation.masked:
         gamma = recipes[1][-1][0]

@@ -19,22 +19,22 @@ from lrp_fast.layers import Shape
 
 
 def merge_epilogue(last: FusedLinear, split: str, divides: bool) -> str:
-    """The epilogue of a merge behind the last layer of one of its branches."""
-    return f"{last.epilogue}+{split}{'+divided' if divides else ''}"
+    """The epilogue of a merge behind the last layer of one of its branches; divided, with how many channels are multiplied."""
+    return f"{last.epilogue}+{split}{f'+divided{last.x_shape[0]}' if divides else ''}"
 
 
 def may_divide(branches: Sequence[FusedLinear | None], split: str, vanishes: bool) -> bool:
     """Whether a merge need not keep its linear branch's gates.
 
     Its weight is known or found again (``vanishes``), and its one denominator, of positive products, is one more product of
-    a 1×1 convolution's input.
+    a 1×1 convolution's input, which is no wider than they are.
     """
     last = [branch for branch in branches if branch is not None]
     if len(last) != 1 or not (vanishes or split in CONSTANT_SPLITS):
         return False
     (branch,) = last
-    pointwise = branch.pointwise and branch.layer.stride == (1, 1)
-    return pointwise and branch.denominators.kind == "stacked" and branch.guard is None
+    narrow = branch.pointwise and branch.layer.stride == (1, 1) and branch.x_shape[0] <= branch.shape[0]
+    return narrow and branch.denominators.kind == "stacked" and branch.guard is None
 
 
 class FusedMerge(TritonPasses):
@@ -81,6 +81,7 @@ class FusedMerge(TritonPasses):
         self.weights = (constant[1], constant[0]) if operation.skip == 0 else constant
         beside = "" if self.beside is None else ", for both branches" if self.multiplies else ", beside the library"
         self.service = f"triton: {last.kernel}_conv{beside}" if self.fuses else "triton: library + merge"
+        self.alone = configuration(precision=last.precision)
         self.whole: Weights = last.weights
         self.positive: Weights | None = None
         if divides:
@@ -150,17 +151,18 @@ class FusedMerge(TritonPasses):
         like = next(x for x in (arrival.previous, arrival.dense, arrival.even) if x is not None)
         nothing = like.new_zeros(*like.shape[:3], 16, dtype=self.dtype)
         tensors = [nothing, nothing.new_zeros(self.shape[0], 16), None, None]
-        return launch("pointwise_backward", tensors, configuration(precision=self.last.precision), arrival)
+        return launch("pointwise_backward", tensors, self.alone, arrival)
 
     def ends(self, saved: object) -> Ends:
+        """The linear branch's first, which alone may have a divisor."""
         assert isinstance(saved, list)
-        return tuple(end for ends in saved for end in ends)
+        return (*saved[self.this], *saved[self.other])
 
     def left(self, outputs: list[Tensor], saved: object) -> Sequence[Any]:
         assert isinstance(saved, list)
-        given = iter(outputs)
-        counts = [sum(2 if end.part == "guarded" else 1 for end in ends) for ends in saved]
-        return [[next(given) for _ in range(count)] or None for count in counts]
+        count = sum(2 if end.part == "guarded" else 1 for end in saved[self.this])
+        left = [outputs[:count] or None, outputs[count:] or None]
+        return left if self.this == 0 else left[::-1]
 
     def send(self, leaving: Sequence[Any], x: Tensor | None, heatmap: bool) -> Arrived:
         raise NotImplementedError("what leaves a merge is at its branches already")

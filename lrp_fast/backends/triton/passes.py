@@ -111,7 +111,7 @@ class TritonPasses(Passes):
         outputs = self.send_settled(leaving, arrival) if product is None else self.send_added(leaving, product, arrival)
         if outputs is not None:
             return receiver.left(outputs, saved)
-        arrived.add(self.send(leaving, None, False), receiver.shape)
+        arrived.add(self.send(leaving, value, False), receiver.shape)
         return receiver.settle(arrived, value, saved)
 
     @abstractmethod
