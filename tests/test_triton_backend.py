@@ -281,28 +281,29 @@ class Bottlenecks(SmallResNet):
 
 
 @pytest.mark.parametrize(
-    ("composite", "split", "found"),
+    ("composite", "split", "block", "found"),
     [
-        ("otsuki2024", "ratio", 2),
-        ("otsuki2024", "signed", 2),
-        ("otsuki2024", "symmetric", 2),
-        ("otsuki2024", "residual-only", 2),
-        ("epsilon_plus", "ratio", 2),
-        ("epsilon_alpha2_beta1", "ratio", 0),
-        ("epsilon", "ratio", 0),
-        ("conserving", "ratio", 0),
+        ("otsuki2024", "ratio", Block, 2),
+        ("otsuki2024", "signed", Block, 2),
+        ("otsuki2024", "symmetric", Block, 2),
+        ("otsuki2024", "residual-only", Block, 2),
+        ("epsilon_plus", "ratio", Block, 2),
+        ("epsilon_alpha2_beta1", "ratio", Block, 0),
+        ("epsilon", "ratio", Block, 0),
+        ("conserving", "ratio", Block, 0),
+        ("otsuki2024", "ratio", SkipFirst, 1),  # of the other the last message is a strided projection's
+        ("epsilon_plus", "symmetric", SkipFirst, 1),
     ],
 )
-@pytest.mark.parametrize("block", [Block, SkipFirst])
 def test_merges_whose_denominators_are_multiplied_again(
-    images: Tensor, composite: str, split: str, found: int, block: type[Block]
+    images: Tensor, composite: str, split: str, block: type[Block], found: int
 ) -> None:
     """Of positive products alone, and where a 1×1 convolution sends the last message: not at the last merge, before a pool."""
     model = calibrated(Bottlenecks(block), 5, (8, 3, 25, 27)).to(DEVICE)
     explainer = LRP(model, composite, backend="triton", split=split)
     program = explainer._program(images, frozenset(), False).program
     divided = [passes for passes in program.passes if isinstance(passes, FusedMerge) and passes.divides]
-    assert len(divided) == (found if block is Block else found // 2)  # the last message of one is a strided projection's
+    assert len(divided) == found
     if composite != "epsilon":
         error, _ = compared(model, images, composite, split=split)
         assert error <= (1e-3 if split == "signed" else bound(composite))
