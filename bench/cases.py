@@ -25,6 +25,7 @@ from lrp_fast.heatmap import from_heat_levels, heat_levels
 from lrp_fast.kernels import gate, heatmap, merge, pointwise_conv, pool, spatial_conv
 from lrp_fast.kernels.common import CONSTANT_SPLITS, Arrival, Branch, Denominators, Divisor, End
 from lrp_fast.kernels.pointwise_conv import Precision
+from predict import distinct
 
 Pair = tuple[int, int]
 
@@ -454,12 +455,12 @@ def build_merged(
         y, linear = make.positive(batch, beside.size, beside.size, beside.inputs), True
         other = Branch(y, True, other_bias, make.limit(rule, batch), other_weight, beside.stride)
     limit = make.limit(rule, batch)
-    limited: dict[str, Any] = {} if limit is None else {"limit": limit}
-    limited |= {"keeps_gates": False} if divided else {}
+    options: dict[str, Any] = {} if limit is None else {"limit": limit}
+    options |= {"keeps_gates": False} if divided else {}
     module: Any = pointwise_conv if shape.taps == 1 else spatial_conv
     run = partial(
         module.merged, x, weight, bias, other, rule, split, relu=True, is_residual=not linear, precision=precision,
-        keeps_weight=kept(rule, split), **shape.arguments(), **limited,
+        keeps_weight=kept(rule, split), **shape.arguments(), **options,
     )  # fmt: skip
 
     def eager() -> list[Tensor]:
@@ -552,9 +553,9 @@ class Arriving:
 def moved_by_arrival(arrival: Arrival, elements: int, dtype: torch.dtype) -> int:
     """Bytes read and written by settling ``elements`` of relevance."""
     gates, divisor = [end.gate for end in arrival.ends], arrival.divisor
-    distinct = gates[1:] if gates[0] is gates[-1] else gates  # ends under a split name one branch
-    read = moved(arrival.value, arrival.previous, arrival.dense, arrival.even, *(distinct or gates))
-    read += 0 if divisor is None else moved(divisor.x, divisor.weight, divisor.bias)
+    product = () if divisor is None else (divisor.x, divisor.weight, divisor.bias)
+    # Ends under a split name one branch.
+    read = moved(*distinct([arrival.value, arrival.previous, arrival.dense, arrival.even, *gates, *product]))
     dead = sum(4 * gate.numel() // gate.shape[-1] * -(-gate.shape[-1] // 8)
                for end, gate in zip(arrival.ends, gates, strict=True) if gate is not None and end.part == "guarded")  # fmt: skip
     return read + dead + elements * sum(end.groups for end in arrival.ends) * dtype.itemsize

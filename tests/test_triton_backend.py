@@ -675,7 +675,8 @@ def test_tuning_keeps_the_fastest_and_stays_right(model: nn.Module, images: Tens
 
     report = tuned(model, "otsuki2024", choices, timed)
     assert len(report.splitlines()) == len(choices.measured)
-    assert {"fused", "library"} < {choice.way for choice in choices.measured.values()}
+    tiles = {choice.way for key, choice in choices.measured.items() if "-gates-" not in key}
+    assert tiles == {"fused", "library"}
     merges = [key for key in choices.measured if "-merge-" in key]
     assert len(merges) == 6
     assert sum("+ratio-()" in key for key in merges) == 2  # of five merges three have a projection

@@ -64,12 +64,12 @@ class FusedMerge(TritonPasses):
         self.multiplies = self.fuses and self.beside is not None and last.pointwise and self.beside.pointwise
         split: Any = operation.split.name
         self.vanishes, self.divides = vanishes, divides
+        self.denominators = Denominators("own") if divides else last.denominators  # of the forward pass
         self.epilogue = merge_epilogue(last, split, divides) + ("" if self.beside is None else "+linear")
         self.again = End(part=split) if vanishes and self.beside is None and split not in CONSTANT_SPLITS else None
         values = {
-            "denominators": Denominators("own") if divides else last.denominators, "split": split, "relu": relu,
-            "keeps_weight": not vanishes, "is_residual": self.this != operation.skip,
-            "other_linear": self.beside is not None,
+            "denominators": self.denominators, "split": split, "relu": relu, "keeps_weight": not vanishes,
+            "is_residual": self.this != operation.skip, "other_linear": self.beside is not None,
         }  # fmt: skip
         if divides:
             values["keeps_gates"] = False

@@ -28,7 +28,7 @@ from lrp_fast.backends.triton.linear import FusedLinear, fuses
 from lrp_fast.backends.triton.merges import FusedMerge
 from lrp_fast.backends.triton.passes import TritonPasses
 from lrp_fast.kernels import pointwise_conv, spatial_conv
-from lrp_fast.kernels.common import Arrival, Denominators, End
+from lrp_fast.kernels.common import Arrival, End
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.layers import Shape
 from lrp_fast.plan import Unit, readers_of
@@ -81,15 +81,15 @@ def _tasks(
                 yield task("forward", one.epilogue), _of_forward(one, batch)
             (source,) = units[place].inputs
             receiver = receiver_of(place, passes[source], readers[source])
-            more, keep = len(readers[source]) > 1, units[source].keep
-            settled = [settled_with(None if way is None else way.epilogue, readers[source]) for way in _ways(receiver)]
-            for way, epilogue in zip(_ways(receiver), settled, strict=True):
+            more, keep, ways = len(readers[source]) > 1, units[source].keep, _ways(receiver)
+            settled = [settled_with(None if way is None else way.epilogue, readers[source]) for way in ways]
+            for way, epilogue in zip(ways, settled, strict=True):
                 yield (
                     task("backward", epilogue),
                     _of_backward(one, batch, partial(_arrival, way, more, keep, one, batch)),
                 )
-            if isinstance(receiver, FusedMerge) and receiver.divides:
-                merges = [way.chosen(choices.of(_merge_task(way, batch))) for way in _ways(receiver)]
+            if len(ways) > 1:
+                merges = [way.chosen(choices.of(_merge_task(way, batch))) for way in ways]
                 senders = [_variant(one, one.onward, choices.of(task("backward", epilogue))) for epilogue in settled]
                 yield task("gates", settled[0]), _of_gates(merges, senders, more, keep, batch)
 
@@ -195,10 +195,9 @@ def _of_gates(
 def _of_merge(merge: FusedMerge, batch: int) -> Candidates:
     last, beside = merge.last, merge.beside
     outputs, height, width = merge.shape
-    (inputs, *_), groups, denominators = last.x_shape, last.layer.groups, last.denominators
+    (inputs, *_), groups, denominators = last.x_shape, last.layer.groups, merge.denominators
     precision: Any = last.precision
     if last.pointwise:
-        denominators = Denominators("own") if merge.divides else denominators
         held = pointwise_conv.held(denominators, beside is not None, beside is not None and beside.pointwise)
         rows, capability = batch * height * width, _capability(last.weights.backward.device)
         blocks = pointwise_conv.candidates(rows, outputs, inputs, held, last.dtype, precision, capability)
