@@ -111,7 +111,8 @@ def _share(at: _Site, assignment: Assignment) -> Shares:
         return share_pool(pool, assignment.pool, at.inputs[0], at.relevance, at.zeros[0])
     resolved = layer.resolved(at.shapes)
     if isinstance(layer, (Pad, Slice)) or at.output.shape != at.inputs[0].shape:
-        r = transpose(lambda x: resolved.forward((x,), {}), at.inputs[0], at.relevance)
+        _, transpose = applied(lambda x: resolved.forward((x,), {}), at.inputs[0])
+        r = transpose(at.relevance)
     else:
         r = at.relevance
     return Shares([r], {"constants": per_image(at.relevance) - per_image(r)})
@@ -122,12 +123,17 @@ def per_image(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1)
 
 
-def transpose(linear: Map, like: Tensor, s: Tensor) -> Tensor:
-    """``Aᵀ s`` for a linear map of tensors shaped ``like``, as a vector-Jacobian product."""
+def applied(linear: Map, x: Tensor) -> tuple[Tensor, Map]:
+    """``A x`` for a linear map A, and its transpose ``s ↦ Aᵀ s``, to be taken once: the vector-Jacobian product."""
     with torch.enable_grad():
-        x = torch.zeros_like(like, requires_grad=True)
-        (result,) = torch.autograd.grad(linear(x), x, s)
-    return result
+        leaf = x.detach().requires_grad_()
+        result = linear(leaf)
+
+    def transpose(s: Tensor) -> Tensor:
+        (back,) = torch.autograd.grad(result, leaf, s)
+        return back
+
+    return result.detach(), transpose
 
 
 def stabilize(z: Tensor, stabilizer: Stabilizer) -> Tensor:
@@ -206,11 +212,18 @@ def _neg(v: Tensor) -> Tensor:
 
 def _divide(at: _Linear, pairs: Sequence[tuple[Tensor, Tensor]], b: Tensor | None, R: Tensor) -> Shares:
     """``Σ_p x_p · Aᵀ(R / stab(z), W_p)`` with ``z = Σ_p A(x_p, W_p) + b``."""
-    contributed = torch.stack([at.product(x, W).expand_as(R) for x, W in pairs]).sum(0)
-    bias = torch.zeros_like(R) if b is None else at.bias(b).expand_as(R)
+    contributed, bias = torch.zeros_like(R), torch.zeros_like(R) if b is None else at.bias(b).expand_as(R)
+    contributing = []
+    for x, W in pairs:
+        if bool(x.any()):  # behind a ReLU negative parts contribute nothing
+            z, transpose = applied(partial(at.product, W=W), x)
+            contributed = contributed + z
+            contributing.append((x, transpose))
     denominator = stabilize(contributed + bias, at.stabilizer)
     s = R / denominator
-    r = torch.stack([x * transpose(partial(at.product, W=W), at.x, s) for x, W in pairs]).sum(0)
+    r = torch.zeros_like(at.x)
+    for x, transpose in contributing:
+        r = r + x * transpose(s)
     dead = contributed == 0
     alive = ~dead
     lost = {
@@ -305,15 +318,15 @@ def _guarded(x: Tensor, valid: Tensor, R: Tensor, linear: Map, window: Map, guar
 
     A window without valid inputs saw nothing but padding: its output is constant, and the relevance there is lost.
     """
-    z = linear(x)
+    z, transpose = applied(linear, x)
     largest = z.flatten(1).amax(1).reshape(-1, *(1,) * (z.ndim - 1))
     dead = z <= guard.threshold * largest
     alive = torch.where(dead, 0.0, R / torch.where(dead, 1.0, z))
-    members = window(valid)
+    members, spread = applied(window, valid)
     empty = members == 0
     evenly = torch.where(dead & ~empty, R, 0.0) / torch.where(empty, 1.0, members)
     lost = {"constants": per_image(R * empty)}
-    return Shares([x * transpose(linear, x, alive) + valid * transpose(window, x, evenly)], lost)
+    return Shares([x * transpose(alive) + valid * spread(evenly)], lost)
 
 
 EQUATIONS: Mapping[str, Callable[[_Linear], Shares]] = {
@@ -349,56 +362,57 @@ def share_pool(
         # Even weights: the valid elements of the window share alike.
         return _guarded(_pos(x), valid, R, average, average, stabilizer)
     x = x if stabilizer.signed else _pos(x)
-    z = average(x)
+    z, transpose = applied(average, x)
     denominator = stabilize(z, stabilizer)
     s = R / denominator
     lost = {"dead windows": per_image(R * (z == 0)), "stabilizer": per_image(s * (denominator - z) * (z != 0))}
-    return Shares([x * transpose(average, x, s)], lost)
+    return Shares([x * transpose(s)], lost)
 
 
 def _to_winner(layer: MaxPool | AdaptiveMaxPool, x: Tensor, R: Tensor) -> Tensor:
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        (r,) = torch.autograd.grad(layer.forward((leaf,), {}), leaf, R)
-    return r
+    _, transpose = applied(lambda u: layer.forward((u,), {}), x)  # linear as long as the same inputs win
+    return transpose(R)
 
 
 def _block_average(layer: MaxPool | AdaptiveMaxPool, valid: Tensor, R: Tensor) -> Map:
     """The mean over the block that each output of a max-pool answers for, or its own window if no input there is valid."""
-    windows = _windows(layer, valid.shape[2:], R.shape[2:])
-    filled = [valid[:1, :, *block].flatten(2).any(2) for block, _ in windows]
-    whole = [bool(channels.all()) for channels in filled]
-
-    def mean(u: Tensor, place: int) -> Tensor:
-        block, own = windows[place]
-        over_block = _mean_over(u, block)
-        return over_block if whole[place] else torch.where(filled[place], over_block, _mean_over(u, own))
-
-    return lambda u: torch.stack([mean(u, place) for place in range(len(windows))], 2).reshape(R.shape)
+    blocks: list[Tensor] = []
+    own: list[Tensor] = []
+    for axis, (inputs, outputs) in enumerate(zip(valid.shape[2:], R.shape[2:], strict=True)):
+        for means, windows in zip((blocks, own), _windows(layer, axis, inputs, outputs), strict=True):
+            means.append(_means(windows, inputs, R))
+    filled = _along_axes(valid[:1], blocks) > 0
+    return lambda u: torch.where(filled, _along_axes(u, blocks), _along_axes(u, own))
 
 
-def _mean_over(u: Tensor, index: tuple[slice, ...]) -> Tensor:
-    return u[:, :, *index].flatten(2).mean(2)
+def _windows(layer: MaxPool | AdaptiveMaxPool, axis: int, inputs: int, outputs: int) -> tuple[list[slice], list[slice]]:
+    """Along one axis: the block (which may be empty) and the own window of every output, in order."""
+    if isinstance(layer, AdaptiveMaxPool):
+        own = [slice(o * inputs // outputs, -((o + 1) * inputs // -outputs)) for o in range(outputs)]
+        return own, own
+    kernel, step, padding, dilation = (of[axis] for of in (layer.kernel, layer.stride, layer.padding, layer.dilation))
+    blocks = [slice(o * step, min((o + 1) * step, inputs)) for o in range(outputs)]
+    first = [o * step - padding for o in range(outputs)]
+    own = [
+        slice(at + dilation * max(0, -(at // dilation)), min(at + (kernel - 1) * dilation + 1, inputs), dilation)
+        for at in first
+    ]
+    return blocks, own
 
 
-def _windows(
-    layer: MaxPool | AdaptiveMaxPool, size: Sequence[int], outputs: Sequence[int]
-) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """The block (which may be empty) and the own window of every output, in order."""
-    found = []
-    for output in torch.cartesian_prod(*(torch.arange(n) for n in outputs)).reshape(-1, len(outputs)).tolist():
-        if isinstance(layer, AdaptiveMaxPool):
-            bounds = [(o * n // m, -((o + 1) * n // -m)) for o, n, m in zip(output, size, outputs, strict=True)]
-            own = block = tuple(slice(*bound) for bound in bounds)
-        else:
-            geometry = zip(output, layer.kernel, layer.stride, layer.padding, layer.dilation, size, strict=True)
-            own = tuple(
-                slice(o * s - p + d * max(0, -((o * s - p) // d)), min(o * s - p + (k - 1) * d + 1, n), d)
-                for o, k, s, p, d, n in geometry
-            )
-            block = tuple(slice(o * s, min((o + 1) * s, n)) for o, s, n in zip(output, layer.stride, size, strict=True))
-        found.append((block, own))
-    return found
+def _means(windows: Sequence[slice], inputs: int, like: Tensor) -> Tensor:
+    """The means over windows along one axis, as a matrix (outputs × inputs); of nothing, zero."""
+    members = like.new_zeros(len(windows), inputs)
+    for row, window in zip(members, windows, strict=True):
+        row[window] = 1
+    return members / members.sum(1, keepdim=True).clamp(min=1)
+
+
+def _along_axes(u: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """One matrix applied along each axis in space: a mean over a box is a mean of means."""
+    for matrix in matrices:
+        u = torch.tensordot(u, matrix, ([2], [1]))  # the axis goes last, and the next comes to its place
+    return u
 
 
 # Merges -------------------------------------------------------------------------------------------------------------
