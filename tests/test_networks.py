@@ -69,8 +69,16 @@ def network(networks: dict[str, nn.Module], name: str) -> nn.Module:
     return networks[name]
 
 
-@pytest.mark.parametrize("composite", list(list_composites()))
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "vgg_small_head"])
+@pytest.mark.parametrize(
+    ("name", "composite"),
+    [
+        (name, composite)
+        for name in NETWORKS
+        for composite in list_composites()
+        # Composites with a flat first layer differ in that alone: on a plain stem, a deep one and a small one.
+        if name != "vgg_small_head" and (not composite.endswith("_flat") or name in ("resnet18", "resnet50d", "cifar20"))
+    ],
+)
 def test_against_the_reference(networks: dict[str, nn.Module], name: str, composite: str) -> None:
     model, side = network(networks, name), NETWORKS[name][1]
     images = torch.randn(3, 3, side, side)

@@ -12,11 +12,13 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from typing import Any, Literal
 from unittest import mock
 
@@ -147,16 +149,19 @@ def row_of(case: KernelCase, dtype: str, launch: Launch, capability: int) -> Row
 
 
 def wanted(mode: Mode, case: KernelCase, dtype: str, capability: int) -> bool:
-    """Whether a mode compiles a case."""
+    """Whether a mode compiles a case: all for sm_90 in bf16, of other targets the heaviest, or more of them."""
+    multiplies, heavy = "_conv." in case.kernel, case.name in HEAVIEST
+    if dtype == "tf32" and not multiplies:
+        return False  # as in fp32
     if mode == "cases":
-        return True
+        return heavy or dtype == "bf16" or capability == 90
     if mode == "candidates":
-        return "_conv." in case.kernel and (dtype == "bf16" or capability == 90)
+        return multiplies and (heavy or (dtype, capability) == ("bf16", 90))
     if mode == "few":
-        return "_conv." in case.kernel and case.name in HEAVIEST
+        return multiplies and heavy
     if dtype == "bf16":
-        return capability == 90 or case.name in HEAVIEST
-    return capability == 90 and "_conv." in case.kernel and case.name in HEAVIEST
+        return heavy or capability == 90
+    return heavy and multiplies and capability == 90
 
 
 def launches(mode: Mode, case: KernelCase, dtype: str, capability: int) -> list[Launch]:
@@ -188,20 +193,29 @@ def with_candidate(place: int, capability: int, run: Callable[[], object]) -> No
         run()
 
 
-def rows(mode: Mode, dtypes: list[str]) -> Iterator[Row]:
-    """Everything a mode compiles, each launch once; under ``cases`` equal launches of others have their rows too."""
+def rows(mode: Mode, dtype: str, capability: int) -> list[Row]:
+    """What a mode compiles, each launch once; under ``cases`` equal launches of others have their rows too."""
+    cases = [case for case in kernel_cases() if wanted(mode, case, dtype, capability)]
     done: dict[object, Row] = {}
-    for dtype, capability in product(dtypes or DTYPES, CAPABILITIES):
-        cases = [case for case in kernel_cases() if wanted(mode, case, dtype, capability)]
-        for case in sorted(cases, key=lambda case: case.name not in HEAVIEST):
-            for launch in launches(mode, case, dtype, capability):
-                key = dtype, capability, *identity(mode, case, launch)
-                if key not in done:
-                    done[key] = row_of(case, dtype, launch, capability)
-                    yield done[key]
-                elif mode == "cases":
-                    yield replace(done[key], case=case.name, kernel=case.kernel)
+    found = []
+    for case in sorted(cases, key=lambda case: case.name not in HEAVIEST):
+        for launch in launches(mode, case, dtype, capability):
+            key = identity(mode, case, launch)
+            if key not in done:
+                done[key] = row_of(case, dtype, launch, capability)
+                found.append(done[key])
+            elif mode == "cases":
+                found.append(replace(done[key], case=case.name, kernel=case.kernel))
+    return found
+
+
+def main(mode: Mode, *dtypes: str) -> None:
+    """Print all rows of a mode; a process for each core compiles."""
+    pairs = tuple(zip(*product(dtypes or DTYPES, CAPABILITIES), strict=True))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        found = pool.map(partial(rows, mode), *pairs)
+        print(json.dumps([asdict(row) for of_pair in found for row in of_pair]))
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(row) for row in rows(sys.argv[1], sys.argv[2:])]))  # type: ignore[arg-type]
+    main(*sys.argv[1:])  # type: ignore[arg-type]
