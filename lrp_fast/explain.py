@@ -93,7 +93,7 @@ class LRP:
         :meth:`describe`), ``"torch"``, ``"reference"`` (float64 equations, slow), or ``"auto"``: triton where its kernels
         can run, else torch.
     dtype
-        What is computed in: float32, bfloat16 or float64; by default the model's own.
+        What is computed in: float32, bfloat16 or float64; by default the model's own. The reference takes float64 alone.
     compile
         Run the two passes through ``torch.compile`` (the first call with a shape takes a minute).
     tf32
@@ -147,6 +147,8 @@ class LRP:
             logger.info("backend: %s (%s, %s)%s", self.backend, self.device, self.dtype, why)
         elif backend == "triton":
             _triton().check_device(self.device, self.dtype)
+        if compile and backend == "reference":
+            raise ValueError("compile=True is for the torch and triton backends, got backend 'reference'")
         if cuda_graph and (self.device.type != "cuda" or compile or self.backend == "reference"):
             raise ValueError(
                 f"cuda_graph=True needs the torch or triton backend on a CUDA device, without compile=True; got backend "
@@ -328,7 +330,11 @@ class LRP:
         if dtype not in DTYPES:
             known = ", ".join(str(known) for known in DTYPES)
             raise ValueError(f"dtype {dtype} is not one relevance can be computed in; give dtype= one of {known}")
-        return devices.pop(), torch.float64 if self.backend == "reference" else dtype
+        if self.backend == "reference":
+            if self._dtype not in (None, torch.float64):
+                raise ValueError(f"the reference computes in float64, got dtype={self._dtype}; leave it out")
+            dtype = torch.float64
+        return devices.pop(), dtype
 
     def _refresh_if_changed(self) -> Mapping[str, Tensor]:
         if check_eval(self.model) != self._modules:

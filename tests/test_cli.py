@@ -471,6 +471,7 @@ def test_mistakes_in_attribute_dataset(weights: Path, tmp_path: Path) -> None:
         (picture.parent, ["--kind", "mnist"], f"unknown kind 'mnist'; known: {', '.join(KINDS)}"),
         (picture.parent, ["--dtype", "float16"], "unknown dtype 'float16'; known: float32, bfloat16, float64"),
         (picture.parent, ["--backend", "nonsense"], "unknown backend 'nonsense'"),
+        (picture.parent, ["--backend", "reference", "--dtype", "float32"], "the reference computes in float64"),
         (picture.parent, ["--channels", "layer9"], "no layer named 'layer9'"),
     ]
     for source, options, message in cases:

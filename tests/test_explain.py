@@ -668,6 +668,10 @@ class TestErrors:
             LRP("resnet50")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="float16"):
             LRP(model, dtype=torch.float16)
+        with pytest.raises(ValueError, match=r"the reference computes in float64, got dtype=torch\.bfloat16"):
+            LRP(model, backend="reference", dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match="compile=True is for the torch and triton backends, got backend 'reference'"):
+            LRP(model, backend="reference", compile=True)
 
     @pytest.mark.parametrize(
         ("shape", "text"),

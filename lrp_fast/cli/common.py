@@ -73,7 +73,9 @@ InterpolationOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BackendOption = Annotated[str, typer.Option(help=f"Who computes: {', '.join(BACKENDS)}.")]
-DtypeOption = Annotated[str, typer.Option(help=f"What is computed in: {', '.join(DTYPE_NAMES)}.")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help=f"What is computed in: {', '.join(DTYPE_NAMES)}. Default: float32, the reference float64.")
+]
 
 app = typer.Typer(
     name="lrp-fast",

@@ -73,7 +73,7 @@ def attribute_dataset(
     weights: WeightsOption = None,
     composite: CompositeOption = DEFAULT_COMPOSITE,
     split: SplitOption = None,
-    dtype: DtypeOption = "float32",
+    dtype: DtypeOption = None,
     levels: Annotated[
         int | None, typer.Option(min=2, max=256, help="Store maps cut to so many levels, which takes less room.")
     ] = None,
@@ -109,6 +109,8 @@ def attribute_dataset(
 ) -> None:
     """Explain every picture of a data set into a store; the same command continues a run that was stopped."""
     check_choice("--backend: unknown backend", backend, BACKENDS)
+    if dtype is None:
+        dtype = "float64" if backend == "reference" else "float32"
     check_choice("--dtype: unknown dtype", dtype, DTYPE_NAMES)
     check_choice("--engine: unknown engine", engine, ENGINES)
     check_rules(composite, split)
