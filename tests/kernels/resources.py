@@ -156,7 +156,7 @@ def wanted(mode: Mode, case: KernelCase, dtype: str, capability: int) -> bool:
     if mode == "cases":
         return heavy or dtype == "bf16" or capability == 90
     if mode == "candidates":
-        return multiplies and (heavy or (dtype, capability) == ("bf16", 90))
+        return multiplies and ((dtype, capability) == ("bf16", 90) or (heavy and (dtype == "bf16" or capability == 90)))
     if mode == "few":
         return multiplies and heavy
     if dtype == "bf16":
