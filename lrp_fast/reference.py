@@ -212,8 +212,8 @@ def _neg(v: Tensor) -> Tensor:
 
 def _divide(at: _Linear, pairs: Sequence[tuple[Tensor, Tensor]], b: Tensor | None, R: Tensor) -> Shares:
     """``Σ_p x_p · Aᵀ(R / stab(z), W_p)`` with ``z = Σ_p A(x_p, W_p) + b``."""
-    contributed, bias = torch.zeros_like(R), torch.zeros_like(R) if b is None else at.bias(b).expand_as(R)
-    contributing = []
+    bias = torch.zeros_like(R) if b is None else at.bias(b).expand_as(R)
+    contributed, contributing = torch.zeros_like(R), []
     for x, W in pairs:
         if bool(x.any()):  # behind a ReLU negative parts contribute nothing
             z, transpose = applied(partial(at.product, W=W), x)

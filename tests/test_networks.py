@@ -29,10 +29,9 @@ def _timm(name: str) -> nn.Module:
 def _vgg16() -> nn.Module:
     """torchvision's VGG-16 with hidden layers of 64 units: it has 100 million weights there, which only take time."""
     network: nn.Module = torchvision.models.vgg16_bn(num_classes=10, init_weights=False)
-    inputs, classes = network.classifier[0], network.classifier[6]
-    network.classifier[0] = nn.Linear(inputs.in_features, 64)
+    network.classifier[0] = nn.Linear(network.classifier[0].in_features, 64)
     network.classifier[3] = nn.Linear(64, 64)
-    network.classifier[6] = nn.Linear(64, classes.out_features)
+    network.classifier[6] = nn.Linear(64, 10)
     return network
 
 

@@ -109,9 +109,8 @@ def attribute_dataset(
 ) -> None:
     """Explain every picture of a data set into a store; the same command continues a run that was stopped."""
     check_choice("--backend: unknown backend", backend, BACKENDS)
-    if dtype is None:
-        dtype = "float64" if backend == "reference" else "float32"
-    check_choice("--dtype: unknown dtype", dtype, DTYPE_NAMES)
+    if dtype is not None:
+        check_choice("--dtype: unknown dtype", dtype, DTYPE_NAMES)
     check_choice("--engine: unknown engine", engine, ENGINES)
     check_rules(composite, split)
     _check_places(source, output)
@@ -123,7 +122,7 @@ def attribute_dataset(
         raise UsageError("--address is of a Ray cluster: it goes with --engine ray")
     samples = find_source(source, kind, source_split, exclude=output)
     loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)
-    setup = Setup(loaded, composite_for(loaded, composite, split), backend, DTYPE_NAMES[dtype])
+    setup = Setup(loaded, composite_for(loaded, composite, split), backend, None if dtype is None else DTYPE_NAMES[dtype])
     options = PipelineOptions(
         batch_size or 0, workers, levels, layer_names(channels), layer_names(relevance), retry_failed
     )
