@@ -56,6 +56,10 @@ class Layer(ABC):
     def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         """The step's output, N×…, as the model computes it."""
 
+    def outline(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        """A tensor of the output's shape, all being on the meta device; ``RuntimeError`` and others for what does not fit."""
+        return self.forward(inputs, parameters)
+
     def resolved(self, shapes: Sequence[Shape]) -> Layer:
         """This layer with its input-dependent lengths filled in."""
         changed = {field.name: resolve(getattr(self, field.name), shapes) for field in fields(self)}
@@ -86,6 +90,13 @@ class BatchNorm(Layer):
         shape = (1, -1) + (1,) * (x.ndim - 2)
         return x * scale.view(shape) + shift.view(shape)
 
+    def outline(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        (x,) = inputs
+        channels = parameters[self.mean].shape
+        if x.shape[1:2] != channels:
+            raise RuntimeError(f"a batch norm of {channels.numel()} channels gets {tuple(x.shape)}")
+        return x
+
     def scale_shift(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """The layer as ``x · scale + shift``, each of shape (channels,)."""
         scale = (parameters[self.variance] + self.eps).rsqrt()
@@ -104,9 +115,16 @@ class Linear(Layer, ABC):
     norm: BatchNorm | None
 
     def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
-        bias = None if self.bias is None else parameters[self.bias]
-        y = self.apply(inputs[0], parameters[self.weight], bias)
+        y = self.before_norm(inputs[0], parameters)
         return y if self.norm is None else self.norm.forward((y,), parameters)
+
+    def outline(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        y = self.before_norm(inputs[0], parameters)
+        return y if self.norm is None else self.norm.outline((y,), parameters)
+
+    def before_norm(self, x: Tensor, parameters: Parameters) -> Tensor:
+        """What the batch norm, if there is one, gets."""
+        return self.apply(x, *self.raw(parameters))
 
     @abstractmethod
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -144,11 +162,11 @@ class Convolution(Linear):
 class Dense(Linear):
     """Fully connected layer, weight (out, in)."""
 
-    def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
-        if self.norm is not None and inputs[0].ndim != 2:
+    def before_norm(self, x: Tensor, parameters: Parameters) -> Tensor:
+        if self.norm is not None and x.ndim != 2:
             # Elsewhere dimension 1, which a batch norm works on, is not the layer's output.
-            raise RuntimeError(f"a batch norm after a linear layer needs N x features, got {tuple(inputs[0].shape)}")
-        return super().forward(inputs, parameters)
+            raise RuntimeError(f"a batch norm after a linear layer needs N x features, got {tuple(x.shape)}")
+        return super().before_norm(x, parameters)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -160,6 +178,9 @@ class ReLU(Layer):
 
     def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         return inputs[0].relu()
+
+    def outline(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        return inputs[0]
 
 
 @dataclass(frozen=True)
@@ -175,10 +196,14 @@ class Merge(Layer):
     ambiguous: bool
 
     def forward(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
+        self.outline(inputs, parameters)
+        return inputs[0] + inputs[1]
+
+    def outline(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         first, second = inputs
         if first.shape != second.shape:
             raise RuntimeError(f"the branches differ in shape: {tuple(first.shape)} and {tuple(second.shape)}")
-        return first + second
+        return first
 
 
 @dataclass(frozen=True)

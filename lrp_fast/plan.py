@@ -153,7 +153,7 @@ class Plan:
             if isinstance(step.layer, Input):
                 value = torch.empty(input_shape, device="meta")
             else:
-                value = self._forward_meta(step, [values[source] for source in step.inputs], shapes, meta, input_shape)
+                value = self._outline(step, [values[source] for source in step.inputs], shapes, meta, input_shape)
             values.append(value)
             shapes.append(tuple(value.shape))
         if len(shapes[self.output]) != 2:
@@ -183,11 +183,11 @@ class Plan:
         return zeros if bool(zeros.any()) else None
 
     @staticmethod
-    def _forward_meta(
+    def _outline(
         step: Step, inputs: list[Tensor], shapes: list[Shape], parameters: Parameters, input_shape: Shape
     ) -> Tensor:
         try:
-            return step.layer.resolved(shapes).forward(inputs, parameters)
+            return step.layer.resolved(shapes).outline(inputs, parameters)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             got = " and ".join(str(tuple(x.shape)) for x in inputs)
             raise ValueError(

@@ -9,6 +9,7 @@ process, so that in every launch
   on a GPU they run in any order;
 - a masked load without ``other`` gives NaN (whole numbers: the largest) where the mask is off;
 - a product has at least 16 elements a side;
+- no whole number of less than 64 bits overflows (Triton's own check of that takes a third of the interpreter's time);
 - bfloat16 is rounded to nearest and computed in float32, and TF32 products drop the digits a tensor core drops.
 
 :func:`only` runs some programs of a grid alone.
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +32,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 NOBODY, MANY = -1, -2
+OVERFLOWING = (np.add, np.subtract, np.multiply)
 LARGEST_TRACKED = 1 << 26
 """Elements: of larger tensors, which a test makes to reach far addresses, only the bounds are checked."""
 
@@ -90,14 +94,17 @@ class Launch:
                 f"{doing} at {rest.size} addresses outside all tensors; the first, in elements: {distance}"
             )
 
+    def strangers(self, touched: np.ndarray) -> np.ndarray:
+        """Which of these programs are others than the one that runs."""
+        return (touched != NOBODY) & (touched != self.number)
+
     def read(self, addresses: np.ndarray) -> None:
         """Note a load."""
         for region, places in self.places(addresses, "reads"):
             if region.tracked:
-                if (~np.isin(region.writer[places], (NOBODY, self.number))).any():
+                if self.strangers(region.writer[places]).any():
                     raise self.fault(f"reads what another program wrote in {region.name}")
-                others = ~np.isin(region.reader[places], (NOBODY, self.number))
-                region.reader[places] = np.where(others, MANY, self.number)
+                region.reader[places] = np.where(self.strangers(region.reader[places]), MANY, self.number)
 
     def write(self, addresses: np.ndarray) -> None:
         """Note a store."""
@@ -106,9 +113,9 @@ class Launch:
                 continue
             if np.unique(places).size != places.size:
                 raise self.fault(f"writes an element of {region.name} twice in one store")
-            if (~np.isin(region.writer[places], (NOBODY, self.number))).any():
+            if self.strangers(region.writer[places]).any():
                 raise self.fault(f"writes what another program wrote in {region.name}")
-            if (~np.isin(region.reader[places], (NOBODY, self.number))).any():
+            if self.strangers(region.reader[places]).any():
                 raise self.fault(f"writes what another program read in {region.name}")
             region.writer[places] = self.number
 
@@ -120,7 +127,7 @@ _call, _patch = GridExecutor.__call__, interpreter._patch_lang
 _set_grid_dim, _set_grid_idx = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
 _masked_load, _masked_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 _cast, _binary, _unary = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
-_product = InterpreterBuilder.create_dot
+_product, _dtype_of_scalar = InterpreterBuilder.create_dot, cache(interpreter._get_np_dtype)
 
 
 def install() -> None:
@@ -128,12 +135,15 @@ def install() -> None:
     changed = {
         "set_grid_dim": _grid, "set_grid_idx": _begin, "create_masked_load": _load, "create_masked_store": _store,
         "create_dot": _dot, "cast_impl": _converted, "create_fp_to_fp": lambda self, x, dtype, _: _converted(self, x, dtype),
-        "binary_op": _binary_in_float32, "unary_op": _unary_in_float32,
+        "binary_op": _computed, "unary_op": _unary_in_float32,
     }  # fmt: skip
     for name, method in changed.items():
         setattr(InterpreterBuilder, name, method)
     GridExecutor.__call__ = _run
     interpreter._patch_lang = _patch_once
+    interpreter._get_np_dtype = _dtype
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 @contextmanager
@@ -213,6 +223,12 @@ def _store(
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
+def _dtype(dtype: Any) -> np.dtype[Any]:
+    """What of NumPy holds a type of Triton, which makes a table of all of them at every call."""
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _dtype_of_scalar(scalar)
+
+
 def widened(bits: np.ndarray) -> np.ndarray:
     """bfloat16, as its bits (uint16), in float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -238,9 +254,14 @@ def _converted(self: InterpreterBuilder, x: TensorHandle, dtype: Any) -> TensorH
     return TensorHandle(narrowed(wide.data), target) if target == tl.bfloat16 else _cast(self, wide, dtype)
 
 
-def _binary_in_float32(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, op: Any) -> TensorHandle:
+def _computed(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, op: Any) -> TensorHandle:
     if x.dtype.scalar != tl.bfloat16:
-        return _binary(self, x, y, op)
+        found = _binary(self, x, y, op)
+        if op in OVERFLOWING and found.data.dtype.kind in "iu" and found.data.itemsize < 8:
+            assert _launch is not None
+            if (op(x.data.astype(np.int64), y.data.astype(np.int64)) != found.data).any():
+                raise _launch.fault(f"{op.__name__} of {x.dtype.scalar} overflows")
+        return found
     result = op(widened(x.data), widened(y.data))
     # The interpreter gives a comparison the dtype of what is compared.
     return TensorHandle(result if result.dtype == bool else narrowed(result), tl.bfloat16)

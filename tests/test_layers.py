@@ -53,7 +53,7 @@ def of(kind: str, axes: int) -> Callable[..., nn.Module]:
 
 
 def agree(layer: Layer, module: Callable[[Tensor], Tensor], x: Tensor, parameters: dict[str, Tensor]) -> bool:
-    """Whether torch computes anything at all here; then the layer must agree, and else refuse too."""
+    """Whether torch computes anything at all here; then the layer and its outline must agree, and else refuse too."""
     try:
         expected = module(x)
     except RuntimeError:
@@ -61,6 +61,8 @@ def agree(layer: Layer, module: Callable[[Tensor], Tensor], x: Tensor, parameter
             layer.forward((x,), parameters)
         return False
     torch.testing.assert_close(layer.forward((x,), parameters), expected, rtol=1e-10, atol=1e-10)
+    outline = layer.outline((x.to("meta"),), {path: value.to("meta") for path, value in parameters.items()})
+    assert (outline.shape, outline.device.type) == (expected.shape, "meta")
     return True
 
 
@@ -121,8 +123,22 @@ def test_dense(normalised: bool, bias: bool) -> None:
     if normalised:
         with pytest.raises(RuntimeError, match="needs N x features"):
             layer.forward((noise(3, 5, 7),), parameters)
+        with pytest.raises(RuntimeError, match="needs N x features"):
+            layer.outline((noise(3, 5, 7),), parameters)
     else:
         assert agree(layer, model, noise(3, 2, 7), parameters)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 3), (2, 5, 3, 4), (2, 4), (2, 1, 5), (2,)])
+def test_batch_norm_alone(shape: tuple[int, ...]) -> None:
+    norm = (nn.BatchNorm2d(5) if len(shape) == 4 else nn.BatchNorm1d(5)).double().eval()
+    random_norm(norm)
+    parameters = {f"1.{name}": value.detach() for name, value in norm.state_dict().items()}
+    if shape[1:2] == (5,):
+        assert agree(NORM, norm, noise(*shape), parameters)
+    else:
+        with pytest.raises(RuntimeError, match="a batch norm of 5 channels gets"):
+            NORM.outline((torch.empty(shape, device="meta"),), parameters)
 
 
 # Pools --------------------------------------------------------------------------------------------------------------
@@ -245,8 +261,10 @@ def test_rearrangements_that_touch_the_batch(layer: Layer, message: str) -> None
 def test_merge() -> None:
     first, second = noise(2, 3, 4), noise(2, 3, 4)
     assert torch.equal(Merge(1, "identity", False).forward((first, second), {}), first + second)
-    with pytest.raises(RuntimeError, match=r"differ in shape: \(2, 3, 4\) and \(2, 1, 4\)"):
-        Merge(1, "identity", False).forward((first, second[:, :1]), {})
+    assert Merge(1, "identity", False).outline((first, second), {}).shape == (2, 3, 4)
+    for compute in (Merge(1, "identity", False).forward, Merge(1, "identity", False).outline):
+        with pytest.raises(RuntimeError, match=r"differ in shape: \(2, 3, 4\) and \(2, 1, 4\)"):
+            compute((first, second[:, :1]), {})
 
 
 def test_lengths_known_later() -> None:

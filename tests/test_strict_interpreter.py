@@ -97,13 +97,23 @@ def test_what_a_mask_leaves_out_is_nothing_to_rely_on() -> None:
     assert numbers.tolist() == [1] * 5 + [2**31 - 1] * 11
 
 
-def test_an_offset_that_wraps_is_outside() -> None:
+def test_whole_numbers_do_not_overflow() -> None:
     x, out = torch.empty(2**31 + 8, dtype=torch.uint8), torch.empty(3, dtype=torch.uint8)
     with strict_interpreter.only(0, 1) as launches:
         _far_index_kernel[(3,)](x, out, 2**30)
     assert [launch.axes for launch in launches] == [[[0, 1], [0], [0]]]
     with strict_interpreter.only(-1):
-        fault("program .2, 0, 0.: reads at 1 addresses", lambda: _far_index_kernel[(3,)](x, out, 2**30))
+        fault("program .2, 0, 0.: multiply of int32 overflows", lambda: _far_index_kernel[(3,)](x, out, 2**30))
+    for dtype in (torch.int8, torch.int32):
+        half = torch.iinfo(dtype).max // 2
+        x, y, out = (torch.full((4,), value, dtype=dtype) for value in (half, 1, 0))
+        _arithmetic_kernel[(1,)](x, y, out, SIZE=4)
+        assert out.tolist() == [half - 1] * 4
+        # Of both sides of a choice: x + x is not stored.
+        fault(
+            f"add of int{8 * dtype.itemsize} overflows",
+            lambda x=x + 1, y=y, out=out: _arithmetic_kernel[(1,)](x, y, out, SIZE=4),
+        )
 
 
 def test_narrow_products_are_refused() -> None:

@@ -50,9 +50,22 @@ from lrp_fast.backends.torch import (
     transposed_convolution,
 )
 from lrp_fast.composites import PoolRule
-from lrp_fast.layers import Average, Convolution, Input, Layer, Linear, MaxPool, Mean, Merge, Pad, Reshape, Slice
+from lrp_fast.layers import (
+    Average,
+    Convolution,
+    Input,
+    Layer,
+    Linear,
+    MaxPool,
+    Mean,
+    Merge,
+    Pad,
+    Parameters,
+    Reshape,
+    Slice,
+)
 from lrp_fast.plan import Plan, Step
-from lrp_fast.rules import Rule, Stabilizer, ZeroGuard
+from lrp_fast.rules import Part, Rule, Stabilizer, ZeroGuard
 from lrp_fast.splits import get_split, list_splits
 from networks import CifarResNet, calibrated
 
@@ -149,6 +162,42 @@ def test_rule_is_the_references(name: str, factory: str, dtype: torch.dtype) -> 
             case = f"{rule} {signed=} {nonnegative=} {bias=} {norm=} packed={operation.packed is not None}"
             assert relative_error(r, expected) <= BOUNDS[dtype], case
             assert relative_error(value, layer.forward((x.double(),), double(parameters))) <= BOUNDS[dtype], case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_weights_are_rounded_once(factory: str, dtype: torch.dtype) -> None:
+    """To the bit what their float64 product with the batch norm, its part and its coefficient are rounded to."""
+    geometry = GEOMETRIES["2d"]
+    for rule in FACTORIES[factory](geometry.channels[0]):
+        layer, parameters = layer_with(geometry, True, normed=True)
+        operation = LinearOperation(layer, rule, True, parameters, False, dtype, "layer")
+        exact, _ = layer.folded(double(parameters))
+        terms = {(term, 1.0) for term in operation.evaluated}
+        terms |= {(term, factor) for sent in operation.sent.values() for _, term, factor in sent}
+        for term, factor in terms:
+            if isinstance(term.weight, Part):
+                part = exact.clamp(min=0) * term.weight.positive + exact.clamp(max=0) * term.weight.negative
+            else:
+                part = exact.square() if term.weight == "square" else torch.ones_like(exact)
+            assert torch.equal(operation.rounded(term, factor), (part * factor).to(dtype)), (rule, term, factor)
+
+
+@pytest.mark.parametrize("composite", list_composites())
+def test_a_batch_norm_is_folded_once(monkeypatch: pytest.MonkeyPatch, composite: str) -> None:
+    model, images, folded = CifarResNet(1).eval(), torch.randn(1, 3, 16, 16), Linear.folded
+    calls: list[str] = []
+
+    def counted(layer: Linear, parameters: Parameters) -> tuple[Tensor, Tensor | None]:
+        calls.append(layer.weight)
+        return folded(layer, parameters)
+
+    monkeypatch.setattr(Linear, "folded", counted)
+    convolutions = sorted(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    for dtype in (torch.float32, torch.float64):  # on a CPU with packed weights and without
+        calls.clear()
+        LRP(model, composite, dtype=dtype).attribute(images)
+        assert sorted(calls) == convolutions
 
 
 @pytest.mark.parametrize("factory", FACTORIES)

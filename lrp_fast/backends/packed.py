@@ -183,6 +183,9 @@ def _phases(weight: Tensor, step: int, padding: Pair, shape: Shape, outputs: Sha
 
 def _flipped(weight: Tensor, groups: int) -> Tensor:
     """The weights of the transposed map, groups of input and output channels exchanged: C × M / groups × …."""
+    if groups == 1 and weight.shape[2:] == (1, 1):
+        matrix = weight[:, :, 0, 0].t().contiguous()  # torch transposes matrices block by block, and nothing else
+        return matrix[:, :, None, None]
     exchanged = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return exchanged.flip(2, 3)
 

@@ -15,10 +15,11 @@ its gate has N.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,8 @@ def part_of(value: Tensor, part: WeightPart) -> Tensor:
     if part in (POSITIVE, NEGATIVE):
         return value.clamp(min=0) if part == POSITIVE else value.clamp(max=0)
     value = value.double()
-    return value.clamp(min=0) * part.positive + value.clamp(max=0) * part.negative
+    whole = value if part.negative == 1.0 else value * part.negative
+    return whole.add(value.clamp(min=0), alpha=part.positive - part.negative)
 
 
 class LinearOperation:
@@ -194,6 +196,7 @@ class LinearOperation:
         self.live: Tensor | None = None
         self.packed: PackedMaps | None = None
         self._constants: dict[Shape, dict[Term, Tensor]] = {}
+        self._kept: dict[str, Any] | None = None
 
     def without(self, zeros: Tensor) -> LinearOperation:
         """This operation for inputs where ``zeros`` (bool, 1 × …) are padding: to its zero-guard no valid inputs."""
@@ -209,6 +212,7 @@ class LinearOperation:
 
         ``relu``: one follows it; ``pack``: where weights can be packed, they are.
         """
+        self._kept = {}
         placed = self
         if pack and isinstance(self.layer, Convolution) and packs(self.layer, self.device, self.dtype):
             placed = copy.copy(self)
@@ -218,7 +222,16 @@ class LinearOperation:
         _ = placed.window
         for part in {term.input for term in self.evaluated} & set(FIXED_PARTS):
             placed._constant(torch.zeros(1, *shape[1:], dtype=self.dtype, device=self.device), part)
+        self._kept = placed._kept = None
         return placed
+
+    def _keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once as long as the operation is being placed."""
+        if self._kept is None:
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def _check_bounds(self, name: str) -> None:
         channels = self.weight_shape[1] * (self.layer.groups if isinstance(self.layer, Convolution) else 1)
@@ -281,13 +294,29 @@ class LinearOperation:
         arithmetic."""
         if self.layer.norm is None or not (own or self.shared):
             return self.layer.raw(self._parameters)
-        return self.layer.folded({path: value.double() for path, value in self._parameters.items()})
+        folded: tuple[Tensor, Tensor | None] = self._keep(
+            "folded", lambda: self.layer.folded({path: value.double() for path, value in self._parameters.items()})
+        )
+        return folded
 
     def affine(self, term: Term) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias of a term."""
-        weight, bias = self.weights(term.own)
-        bias = None if bias is None or term.bias is None else part_of(bias, term.bias)
-        return part_of(weight, term.weight), bias
+        """The weight and bias of a term, as precise as :meth:`weights`."""
+        return part_of(self.weights(term.own)[0], term.weight), self.bias(term)
+
+    def bias(self, term: Term) -> Tensor | None:
+        """The bias of a term, likewise."""
+        _, bias = self.weights(term.own)
+        return None if bias is None or term.bias is None else part_of(bias, term.bias)
+
+    def rounded(self, term: Term, factor: float = 1.0) -> Tensor:
+        """``factor`` times the weight of a term, in the compute dtype, rounded once."""
+        if term.weight not in (WHOLE, POSITIVE, NEGATIVE) or abs(math.frexp(factor)[0]) != 0.5:
+            weight = part_of(self.weights(term.own)[0], term.weight)
+            return (weight if factor == 1.0 else weight.double() * factor).to(self.dtype)
+        # Rounding keeps signs and powers of two: half the memory is moved where it comes first.
+        whole = self._keep(f"rounded {term.own}", lambda: self.weights(term.own)[0].to(self.dtype))
+        weight = part_of(whole, term.weight)
+        return weight if factor == 1.0 else weight * factor
 
     def returned(self, part: InputPart) -> list[Tensor]:
         """The weights that send relevance to a part, with their coefficients, all groups stacked: one transposed map.
@@ -296,9 +325,8 @@ class LinearOperation:
         """
         if part in self.flat:
             return []
-        weights = [(part_of(self.weights(term.own)[0], term.weight), factor) for _, term, factor in self.sent[part]]
-        scaled = [weight if factor == 1.0 else weight.double() * factor for weight, factor in weights]
-        return scaled if self.grouped else [torch.cat(scaled)]
+        weights = [self.rounded(term, factor) for _, term, factor in self.sent[part]]
+        return weights if self.grouped else [torch.cat(weights)]
 
     @cached_property
     def stacks(self) -> dict[InputPart, list[tuple[list[Term], Tensor, Tensor | None]]]:
@@ -312,17 +340,17 @@ class LinearOperation:
         return stacks
 
     def _stack(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor | None]:
-        weights, biases = zip(*map(self.affine, terms), strict=True)
+        weights, biases = [self.rounded(term) for term in terms], [self.bias(term) for term in terms]
         bias = None
         if any(b is not None for b in biases):
             rows = [w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
             bias = torch.cat(rows).to(self.dtype)
-        return channels_last(torch.cat(weights).to(self.dtype)), bias
+        return channels_last(torch.cat(weights)), bias
 
     @cached_property
     def transposes(self) -> dict[InputPart, list[Tensor]]:
         """For each input part the weights that send relevance to it (``returned``), in the compute dtype."""
-        return {part: [channels_last(weight.to(self.dtype)) for weight in self.returned(part)] for part in self.inputs}
+        return {part: [channels_last(weight) for weight in self.returned(part)] for part in self.inputs}
 
     @cached_property
     def window(self) -> Tensor:
@@ -335,8 +363,9 @@ class LinearOperation:
         """The stacked weights of ``transposes`` summed over input channels, for the heatmap alone."""
         if not self.sums_channels or "one" in self.flat:
             return None
-        (weight,) = self.returned("one")
-        return channels_last(weight.sum(1, keepdim=True, dtype=torch.float64).to(self.dtype))
+        sent = [(part_of(self.weights(term.own)[0], term.weight), factor) for _, term, factor in self.sent["one"]]
+        sums = [factor * weight.sum(1, keepdim=True, dtype=torch.float64) for weight, factor in sent]
+        return channels_last(torch.cat(sums).to(self.dtype))
 
     # Forward.
 
@@ -537,17 +566,17 @@ class PackedMaps:
         for term in operation.evaluated:
             if term.input in FIXED_PARTS or term in derived:
                 continue
-            weight, bias = operation.affine(term)
+            weight, bias = operation.rounded(term), operation.bias(term)
             if stabilized and term != own:
                 assert isinstance(stabilizer, Stabilizer)
-                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
-                bias = bias + signs[wanted.index(term)] * stabilizer.epsilon
+                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+                bias = bias.double() + signs[wanted.index(term)] * stabilizer.epsilon
             bias = None if bias is None else bias.to(dtype)
-            forward[term] = pack_forward(layer, weight.to(dtype), bias, shape, relu and term == own)
+            forward[term] = pack_forward(layer, weight, bias, shape, relu and term == own)
 
         def back(weight: Tensor, channels: int) -> Callable[[Tensor], Tensor]:
             sent = (message[0], weight.shape[0], *message[2:])
-            return pack_transposed(layer, weight.to(dtype), (message[0], channels, *shape[2:]), sent)
+            return pack_transposed(layer, weight, (message[0], channels, *shape[2:]), sent)
 
         backward = {part: [back(weight, shape[1]) for weight in operation.returned(part)] for part in operation.inputs}
         heatmap = None if operation.summed is None else back(operation.summed, 1)
