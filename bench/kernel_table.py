@@ -25,7 +25,7 @@ from resources import Row, resources
 
 from cases import KernelCase, Prepared, kernel_cases
 from lrp_fast import list_composites
-from predict import BANDWIDTH, RATES, Pass, Recorded, predicted, recorded
+from predict import H100, H200, Pass, Recorded, predicted, recorded
 
 README = pathlib.Path(__file__).resolve().parents[1] / "kernels" / "README.md"
 BATCH, SIDE = 256, 224
@@ -106,7 +106,7 @@ def kernel_row(case: KernelCase, rows: Sequence[Row], measured: Measured) -> lis
     kernel, _, shape = case.name.partition(" ")
     return [
         f"`{kernel}` {shape}", str(case.count or "–"), f"{prepared.bytes / 1e6:.1f}", f"{prepared.flops / 1e9:.1f}",
-        f"{1e6 * predicted(prepared.bytes, prepared.flops):.1f}", "" if took is None else f"{1e6 * took:.1f}",
+        f"{1e6 * predicted(prepared.bytes, prepared.flops, H100):.1f}", "" if took is None else f"{1e6 * took:.1f}",
         each(lambda row: row.registers), each(lambda row: -(-row.shared // 1024)),
         str(last[90].wgmma or "–"), str(max(row.stack for row in rows)),
     ]  # fmt: skip
@@ -123,13 +123,14 @@ class Sum:
     megabytes: float = 0.0
     gigaflop: float = 0.0
     microseconds: float = 0.0
+    """On an H100."""
 
     def add(self, one: Pass) -> None:
         """One more."""
         self.launches += 1
         self.megabytes += one.bytes / BATCH / 1e6
         self.gigaflop += one.flops / BATCH / 1e9
-        self.microseconds += one.seconds / BATCH * 1e6
+        self.microseconds += one.seconds(H100) / BATCH * 1e6
 
     def cells(self) -> list[str]:
         """Of a table."""
@@ -163,15 +164,16 @@ def explanation_table(default: Sequence[Pass], fused: Sequence[Pass]) -> str:
 
 def composite_table(found: Mapping[str, Recorded]) -> str:
     """Every composite: what an image takes, and how much of it torch's own operations move."""
-    header = ("composite", "launches", "MB", "GFLOP", "predicted µs", "images/s", "MB by torch", "MB held")
+    columns = ("launches", "MB", "GFLOP", "predicted µs", "images/s")
+    header = ("composite", *columns, "µs, H200", "images/s, H200", "MB by torch", "MB held")
     rows = []
     for name, explanation in found.items():
         all_of_it = total(explanation.passes)
         rest = total(one for one in explanation.passes if one.name.startswith("torch: "))
-        speed = f"{1e6 / all_of_it.microseconds:,.0f}"
-        rows.append(
-            [f"`{name}`", *all_of_it.cells(), speed, f"{rest.megabytes:.1f}", f"{explanation.peak / BATCH / 1e6:.1f}"]
-        )
+        other = sum(one.seconds(H200) for one in explanation.passes) / BATCH
+        speeds = [f"{1e6 / all_of_it.microseconds:,.0f}", f"{1e6 * other:.1f}", f"{1 / other:,.0f}"]
+        memory = [f"{rest.megabytes:.1f}", f"{explanation.peak / BATCH / 1e6:.1f}"]
+        rows.append([f"`{name}`", *all_of_it.cells(), *speeds, *memory])
     return lines(header, rows)
 
 
@@ -212,7 +214,10 @@ def extras(passes: Sequence[Pass]) -> dict[str, float]:
 
 def rates() -> str:
     """What predictions divide by."""
-    return f"{BANDWIDTH / 1e12:.1f} TB/s, {RATES[2] / 1e12:.0f} TFLOP/s in bf16, {RATES[4] / 1e12:.0f} in float32"
+    return (
+        f"{H100.bandwidth / 1e12:.1f} TB/s, {H100.flops[2] / 1e12:.0f} TFLOP/s in bf16, {H100.flops[4] / 1e12:.0f} in float32, "
+        "as an H100 was measured"
+    )
 
 
 if __name__ == "__main__":

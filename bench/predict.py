@@ -1,7 +1,7 @@
 """What an explanation moves and computes, pass by pass, recorded from the very operations it runs without running them.
 
-Each pass takes ``max(bytes / BANDWIDTH, FLOPs / RATE)``, each tensor it touches being moved once: **a prediction**, with the
-rates DESIGN §4 counts with. Real passes reach less of either; what stays in a cache costs less than its bytes say.
+Each pass takes ``max(bytes / bandwidth, FLOPs / rate)``, each tensor it touches being moved once: **a prediction**, with
+measured :class:`Rates`. Real passes reach less of either; what stays in a cache costs less than its bytes say.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,6 @@ from lrp_fast.layers import Shape
 from lrp_fast.plan import Unit
 from lrp_fast.trace import parameter_table, trace
 
-BANDWIDTH = 3.0e12
-"""Bytes per second, measured on an H100 (DESIGN §4)."""
-RATES = {2: 800e12, 4: 50e12}
-"""FLOPs per second by bytes of an element: bf16 as measured on an H100; float32 outside tensor cores is an assumption."""
-
 KERNELS = {
     "gate": "gate.gate", "image_maximum": "gate.image_maximum", "merge": "merge.merge", "arrive": "merge.arrive",
     "pointwise_maximum": "pointwise_conv.image_maximum",
@@ -50,6 +45,20 @@ DIVISOR = -2
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What a GPU does in a second: bytes moved, and FLOPs by bytes of an element."""
+
+    bandwidth: float
+    flops: Mapping[int, float]
+
+
+# Of bytes and bf16 as measured (H100: DESIGN §4; H200: a copy of 8.6 GB, a product of 8192³); float32 outside tensor cores
+# is an assumption.
+H100 = Rates(3.0e12, {2: 800e12, 4: 50e12})
+H200 = Rates(4.3e12, {2: 790e12, 4: 50e12})
+
+
+@dataclass(frozen=True)
 class Pass:
     """One operation: a kernel (``file.launcher``), a library convolution or another operation of torch.
 
@@ -63,10 +72,9 @@ class Pass:
     written: int
     itemsize: int
 
-    @property
-    def seconds(self) -> float:
+    def seconds(self, rates: Rates) -> float:
         """Predicted."""
-        return predicted(self.bytes, self.flops, self.itemsize)
+        return predicted(self.bytes, self.flops, rates, self.itemsize)
 
 
 @dataclass(frozen=True)
@@ -80,9 +88,9 @@ class Recorded:
     peak: int
 
 
-def predicted(bytes_moved: int, flops: int, itemsize: int = 2) -> float:
+def predicted(bytes_moved: int, flops: int, rates: Rates, itemsize: int = 2) -> float:
     """Seconds of a pass."""
-    return max(bytes_moved / BANDWIDTH, flops / RATES[itemsize] if flops else 0.0)
+    return max(bytes_moved / rates.bandwidth, flops / rates.flops[itemsize] if flops else 0.0)
 
 
 def recorded(

@@ -163,7 +163,7 @@ def markdown(results: Results) -> str:
     failures = results.failures()
     if failures:
         parts.append("## Failures\n\n" + "\n".join(f"- {failure}" for failure in failures))
-    head = "## Targets: ResNet-50, 224 x 224, bfloat16, batch 256, heatmaps out"
+    head = "## Targets, set for an H100: ResNet-50, 224 x 224, bfloat16, batch 256, heatmaps out"
     parts.append(f"{head}\n\n{table(('target', 'measured', 'met'), targets(results))}")
     parts += [_speeds(results, precision) for precision in PRECISIONS if results.files[precision]["cells"]]
     if "profile" in run:
