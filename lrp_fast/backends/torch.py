@@ -227,11 +227,12 @@ class LinearOperation:
 
     def _keep(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once as long as the operation is being placed."""
-        if self._kept is None:
+        kept = self._kept  # another thread may place the same operation
+        if kept is None:
             return make()
-        if name not in self._kept:
-            self._kept[name] = make()
-        return self._kept[name]
+        if name not in kept:
+            kept[name] = make()
+        return kept[name]
 
     def _check_bounds(self, name: str) -> None:
         channels = self.weight_shape[1] * (self.layer.groups if isinstance(self.layer, Convolution) else 1)
