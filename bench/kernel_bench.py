@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cases import KernelCase, Prepared, kernel_cases, small_cases
 from lrp_fast.scopes import float32_precision
+from predict import H100, predicted
 from report import Cell, Results
 from timing import Budget, Device, OutOfTimeError, time_limit
 
@@ -99,7 +100,7 @@ def plan(dry: bool, full: bool) -> list[Row]:
 def _weight(case: KernelCase) -> tuple[float, float]:
     """About the seconds this kernel takes of an explanation on an H100, and of a single launch."""
     prepared = case.build(torch.device("meta"), torch.bfloat16, BATCH, "ieee")
-    seconds = max(prepared.bytes / 3.0e12, prepared.flops / 8.0e14)
+    seconds = predicted(prepared.bytes, prepared.flops, H100)
     return case.count * seconds, seconds
 
 

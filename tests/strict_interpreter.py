@@ -127,7 +127,8 @@ _call, _patch = GridExecutor.__call__, interpreter._patch_lang
 _set_grid_dim, _set_grid_idx = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
 _masked_load, _masked_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 _cast, _binary, _unary = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
-_product, _dtype_of_scalar = InterpreterBuilder.create_dot, cache(interpreter._get_np_dtype)
+_product = InterpreterBuilder.create_dot
+_dtype_of_scalar = cache(interpreter._get_np_dtype)
 
 
 def install() -> None:

@@ -302,17 +302,21 @@ class LinearOperation:
 
     def affine(self, term: Term) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of a term, as precise as :meth:`weights`."""
-        return part_of(self.weights(term.own)[0], term.weight), self.bias(term)
+        return self.weight(term), self.bias(term)
+
+    def weight(self, term: Term) -> Tensor:
+        """The weight of a term alone."""
+        return part_of(self.weights(term.own)[0], term.weight)
 
     def bias(self, term: Term) -> Tensor | None:
-        """The bias of a term, likewise."""
+        """The bias of a term alone."""
         _, bias = self.weights(term.own)
         return None if bias is None or term.bias is None else part_of(bias, term.bias)
 
     def rounded(self, term: Term, factor: float = 1.0) -> Tensor:
         """``factor`` times the weight of a term, in the compute dtype, rounded once."""
         if term.weight not in (WHOLE, POSITIVE, NEGATIVE) or abs(math.frexp(factor)[0]) != 0.5:
-            weight = part_of(self.weights(term.own)[0], term.weight)
+            weight = self.weight(term)
             return (weight if factor == 1.0 else weight.double() * factor).to(self.dtype)
         # Rounding keeps signs and powers of two: half the memory is moved where it comes first.
         whole = self._keep(f"rounded {term.own}", lambda: self.weights(term.own)[0].to(self.dtype))
@@ -364,8 +368,9 @@ class LinearOperation:
         """The stacked weights of ``transposes`` summed over input channels, for the heatmap alone."""
         if not self.sums_channels or "one" in self.flat:
             return None
-        sent = [(part_of(self.weights(term.own)[0], term.weight), factor) for _, term, factor in self.sent["one"]]
-        sums = [factor * weight.sum(1, keepdim=True, dtype=torch.float64) for weight, factor in sent]
+        sums = [
+            factor * self.weight(term).sum(1, keepdim=True, dtype=torch.float64) for _, term, factor in self.sent["one"]
+        ]
         return channels_last(torch.cat(sums).to(self.dtype))
 
     # Forward.

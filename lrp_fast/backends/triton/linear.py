@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrp_fast.backends.passes import Arrived, times
-from lrp_fast.backends.torch import LinearOperation, Term, channels_last, part_of, transposed_convolution
+from lrp_fast.backends.torch import LinearOperation, Term, channels_last, transposed_convolution
 from lrp_fast.backends.triton.choice import Choice
 from lrp_fast.backends.triton.launch import configuration, launch
 from lrp_fast.backends.triton.passes import TritonPasses, all_gates, arrive, gate_ends
@@ -117,7 +117,7 @@ class PartedLinear(SettledLinear):
         groups = len(self.operation.groups)
         weight = torch.zeros(groups, *self.operation.weight_shape, dtype=torch.float64, device=self.operation.device)
         for index, term, factor in self.operation.sent[part]:
-            weight[index] += factor * part_of(self.operation.weights(term.own)[0], term.weight)
+            weight[index] += factor * self.operation.weight(term)
         return weight.flatten(0, 1)
 
     def forward(self, sources: Sequence[Tensor]) -> tuple[Tensor, object]:
