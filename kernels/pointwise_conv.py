@@ -46,6 +46,7 @@ from .common import (
     merge_outputs,
     next_power_of_2,
     own_output,
+    pixel_of,
     settle,
     store_gates,
     store_merge,
@@ -83,7 +84,7 @@ TABLE: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("ieee", "few", 2): [(32, 32, 32, 4, 3), (16, 32, 32, 4, 3), (64, 64, 16, 8, 3)],
     ("ieee", "narrow", 1): [(128, 64, 16, 8, 3), (64, 64, 32, 8, 3)],
     ("ieee", "narrow", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 32, 16, 4, 3)],
-    ("ieee", "big", 1): [(64, 128, 16, 8, 3), (128, 128, 16, 8, 3), (64, 64, 32, 8, 3)],
+    ("ieee", "big", 1): [(64, 128, 16, 8, 3), (128, 128, 16, 8, 3)],
     ("ieee", "big", 2): [(64, 64, 16, 8, 3), (64, 64, 32, 8, 3), (128, 64, 16, 8, 3)],
     ("half", "few", 3): [(64, 32, 64, 4, 3), (64, 64, 64, 4, 3), (32, 32, 128, 4, 3), (16, 32, 128, 4, 3)],
     ("half", "narrow", 3): [(64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 32, 64, 4, 3)],
@@ -113,8 +114,12 @@ TABLE: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("ieee", "narrow", 8): [(64, 64, 16, 8, 3)],
     ("ieee", "big", 8): [(64, 64, 16, 8, 3)],
 }
-FROM_HOPPER_ON = {("half", "big", 2): [(128, 128, 64, 8, 3)], ("half", "big", 8): [(64, 64, 64, 8, 3)]}
-"""Tiles whose operands must stay in shared memory: before wgmma they went through registers, which then spill."""
+FROM_HOPPER_ON = {
+    ("half", "big", 2): [(128, 128, 64, 8, 3)],
+    ("half", "big", 8): [(64, 64, 64, 8, 3)],
+    ("ieee", "big", 1): [(64, 64, 32, 8, 3)],
+}
+"""Tiles that spill on what is older: half, since without wgmma operands go through registers."""
 
 
 @lru_cache(maxsize=1024)
@@ -181,10 +186,8 @@ def strided(rows, height, width, out_height, out_width, STRIDE: tl.constexpr):
     if STRIDE == 1:
         return rows
     else:
-        image = rows // (out_height * out_width)
-        y = rows // out_width % out_height * STRIDE
-        x = rows % out_width * STRIDE
-        return (image * height + y) * width + x
+        image, y, x = pixel_of(rows.to(tl.int32), out_height, out_width)
+        return (image * height + y * STRIDE).to(tl.int64) * width + x * STRIDE
 
 
 @triton.jit
@@ -238,7 +241,7 @@ def stacked_product(
 def limits(limit_ptr, rows, row_count, rows_per_image, STABILIZER: tl.constexpr):
     """What counts as zero in the image of each row, [BM, 1], under a zero-guard."""
     if STABILIZER == "guard":
-        return tl.load(limit_ptr + rows // rows_per_image, mask=rows < row_count, other=0.0)
+        return tl.load(limit_ptr + rows.to(tl.int32) // rows_per_image, mask=rows < row_count, other=0.0)
     else:
         return 0.0
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, Arrival, cdiv, divisible, gate_of, settle, tile, tile_at
+from .common import OPTIONS, Arrival, cdiv, divisible, gate_of, pixel_of, quotient, settle, tile, tile_at
 from .heatmap import channel_sum
 
 Pair = tuple[int, int]
@@ -67,10 +67,9 @@ def _max_pool_kernel(
     C = divisible(C, EIGHTH)
     rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (rows < row_count) & (columns < C)
-    row = rows.to(tl.int32)
-    left = row % out_width * STRIDE_X  # [BM, 1]
-    top = row // out_width % out_height * STRIDE_Y
-    image = row // (out_width * out_height)
+    image, top, left = pixel_of(rows.to(tl.int32), out_height, out_width)  # [BM, 1]
+    top *= STRIDE_Y
+    left *= STRIDE_X
     maxima = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("-inf"), tl.float32)
     winner = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
@@ -102,7 +101,7 @@ def _max_pool_kernel(
         tl.store(beside_ptr + rows * C + columns, winner.to(tl.uint8), mask=inside)
     else:
         present = tl.minimum(height - top, STRIDE_Y) * tl.minimum(width - left, STRIDE_X)
-        z = total / present.to(tl.float32)
+        z = quotient(total, present.to(tl.float32))
         if BESIDE != "average":
             z = gate_of(z, tl.full(z.shape, 1.0, tl.float32), epsilon, 0.0, BESIDE)
         tl.store(beside_ptr + rows * C + columns, z, mask=inside)
@@ -251,7 +250,7 @@ def _winner_backward_kernel(
     C = divisible(C, EIGHTH)
     rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (rows < row_count) & (columns < C)
-    row = rows.to(tl.int32)
+    row = rows.to(tl.int32)  # not pixel_of, which takes 7 registers of 48 more here
     x = row % width + PADDING_X  # [BM, 1]
     y = row // width % height + PADDING_Y
     image = row // (width * height)
@@ -295,10 +294,10 @@ def _block_backward_kernel(
     C = divisible(C, EIGHTH)
     rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (rows < row_count) & (columns < C)
-    row = rows.to(tl.int32)
-    out_x = row % width // STRIDE_X  # [BM, 1]
-    out_y = row // width % height // STRIDE_Y
-    place = (row // (width * height) * out_height + out_y) * out_width + out_x
+    image, y, x = pixel_of(rows.to(tl.int32), height, width)  # [BM, 1]
+    out_y = y // STRIDE_Y
+    out_x = x // STRIDE_X
+    place = (image * out_height + out_y) * out_width + out_x
     there = inside & (out_y < out_height) & (out_x < out_width)
     acc = tl.load(s_ptr + place.to(tl.int64) * C + columns, mask=there, other=0.0).to(tl.float32)
     if PRESENT:
@@ -349,9 +348,9 @@ def _spread_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < row_count
-    x = rows % width + PADDING_X
-    y = rows // width % height + PADDING_Y
-    image = rows // (width * height)
+    image, y, x = pixel_of(rows, height, width)
+    y += PADDING_Y
+    x += PADDING_X
     even = tl.zeros((BLOCK,), tl.float32)
     OUTPUTS: tl.constexpr = ((KERNEL_Y - 1) * DILATION_Y // STRIDE_Y + 1) * (
         (KERNEL_X - 1) * DILATION_X // STRIDE_X + 1

@@ -41,6 +41,7 @@ from .common import (
     merge_outputs,
     next_power_of_2,
     own_output,
+    pixel_of,
     settle,
     store_gates,
     store_merge,
@@ -116,9 +117,9 @@ def convolved(
     stacked = tl.arange(0, STACKS * COLUMNS)[None, :]  # the columns of both stacks are one product's, side by side
     weight_rows = tl.minimum(group * columns_of_group + tile % across * COLUMNS + stacked % COLUMNS, C - 1)
     weight_columns = weight_ptr + (stacked // COLUMNS * C + weight_rows) * (TAPS_Y * TAPS_X * K)  # [1, S · BN]
-    image = row // (out_height * out_width)
-    top = row // out_width % out_height * STRIDE_Y - PADDING_Y
-    left = row % out_width * STRIDE_X - PADDING_X
+    image, top, left = pixel_of(row, out_height, out_width)  # [BM, 1]
+    top = top * STRIDE_Y - PADDING_Y
+    left = left * STRIDE_X - PADDING_X
     inner = tl.arange(0, INNER)
     x_rows = x_ptr + ((image.to(tl.int64) * height + top) * width + left) * channels + group * K  # [BM, 1]
     acc = tl.zeros((ROWS, STACKS * COLUMNS), tl.float32)
@@ -348,9 +349,10 @@ def _backward_kernel(
     pixel = rest // (STRIDE_Y * STRIDE_X) * ROWS + tl.arange(0, ROWS)[:, None]
     row_inside = pixel < image_count * phase_height * phase_width
     # A stride of at most the size leaves every phase a pixel; the maximum is for a phase without any.
-    image = (pixel // tl.maximum(phase_height * phase_width, 1)).to(tl.int64)
-    y = pixel // tl.maximum(phase_width, 1) % tl.maximum(phase_height, 1) * STRIDE_Y + phase_y
-    x = pixel % tl.maximum(phase_width, 1) * STRIDE_X + phase_x
+    image, y, x = pixel_of(pixel, tl.maximum(phase_height, 1), tl.maximum(phase_width, 1))
+    image = image.to(tl.int64)
+    y = y * STRIDE_Y + phase_y
+    x = x * STRIDE_X + phase_x
     # Of these taps the next reads s PERIOD · DILATION / STRIDE rows above: a convolution of stride 1 in each phase.
     tap_y = first_tap(phase_y + PADDING_Y, TAPS_Y, STRIDE_Y, DILATION_Y)
     tap_x = first_tap(phase_x + PADDING_X, TAPS_X, STRIDE_X, DILATION_X)
@@ -446,7 +448,7 @@ def _stem_heatmap_kernel(
     blocks_x = tl.cdiv(width, WIDE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    image = (row // (blocks_y * blocks_x)).to(tl.int64)
+    image = (row // (blocks_y * blocks_x)).to(tl.int64)  # with pixel_of, eight warps spill on sm_100
     block_y = row // blocks_x % blocks_y
     block_x = row % blocks_x
     top = block_y * (TALL // STRIDE_Y) + FIRST_Y

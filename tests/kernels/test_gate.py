@@ -157,6 +157,21 @@ def test_the_largest_denominator_without_bias_and_of_grouped_stacks() -> None:
     assert torch.equal(image_maximum(raw, None, GUARDED), raw[..., 24:].flatten(1).amax(1))
 
 
+def test_a_denominator_too_small_for_a_reciprocal_is_dead() -> None:
+    """Where even an image's largest is no normal number, its limit is zero: 1 / z would not be finite."""
+    raw = torch.tensor([[0.0, 2.0**-130], [0.0, 2.0**-125]], device=DEVICE).view(2, 1, 1, 2)
+    limit = torch.zeros(2, device=DEVICE)
+    _, gates = gate(raw, None, GUARDED, relu=True, over_value=False, limit=limit)
+    assert gates.flatten().tolist() == [-1.0, 2.0**125]
+
+
+def test_quotients_of_any_size() -> None:
+    """A GPU's are approximations, each within two units in the last place."""
+    raw = torch.exp2(normal(1, 64, 64, 32).clamp(-3, 3) * 40)
+    _, gates = gate(raw, None, Denominators("own", 0.0, "plain"), relu=True, over_value=False)
+    assert float((gates.double() * raw.double() - 1).abs().max()) <= 2.0**-22
+
+
 def test_two_groups_have_no_one_maximum() -> None:
     raw, bias = drawn_stack(ALPHA_BETA, 1, 1, 1, 8)
     with pytest.raises(ValueError, match="two groups"):
