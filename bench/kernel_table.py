@@ -88,7 +88,7 @@ def lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def kernel_table(cases: Sequence[KernelCase], compiled: dict[str, list[Row]], measured: Measured) -> str:
     """One row for each case, by kernel."""
-    header = ("case", "×", "MB", "GFLOP", "predicted µs", "measured µs", "registers", "shared KB", "wgmma", "stack")
+    header = ("case", "×", "MB", "GFLOP", "predicted µs", "issue µs", "measured µs", "registers", "shared KB", "wgmma", "stack")
     order = sorted(cases, key=lambda case: case.kernel)
     return lines(header, (kernel_row(case, compiled[case.name], measured) for case in order))
 
@@ -106,7 +106,8 @@ def kernel_row(case: KernelCase, rows: Sequence[Row], measured: Measured) -> lis
     kernel, _, shape = case.name.partition(" ")
     return [
         f"`{kernel}` {shape}", str(case.count or "–"), f"{prepared.bytes / 1e6:.1f}", f"{prepared.flops / 1e9:.1f}",
-        f"{1e6 * predicted(prepared.bytes, prepared.flops, H100):.1f}", "" if took is None else f"{1e6 * took:.1f}",
+        f"{1e6 * predicted(prepared.bytes, prepared.flops, H100):.1f}", f"{1e6 * last[90].issue:.1f}",
+        "" if took is None else f"{1e6 * took:.1f}",
         each(lambda row: row.registers), each(lambda row: -(-row.shared // 1024)),
         str(last[90].wgmma or "–"), str(max(row.stack for row in rows)),
     ]  # fmt: skip

@@ -46,10 +46,12 @@ DIVISOR = -2
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU does in a second: bytes moved, and FLOPs by bytes of an element."""
+    """What a GPU does in a second: bytes moved, FLOPs by bytes of an element, and warps' instructions issued at most."""
 
     bandwidth: float
     flops: Mapping[int, float]
+    issue: float = 132 * 4 * 1.755e9
+    """Processors · schedulers · clock, of which each issues one instruction a cycle: a bound that no kernel passes."""
 
 
 # Of bytes and bf16 as measured (H100: DESIGN §4; H200: a copy of 8.6 GB, a product of 8192³); float32 outside tensor cores

@@ -5,6 +5,7 @@ Run in a process of its own without TRITON_INTERPRET: interpreted functions cann
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 import subprocess
@@ -33,15 +34,35 @@ TYPES = {
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 STORE = re.compile(r"\bst\.global(?:\.L\w+)*(?:\.v([248]))?\.[bfsu](\d+)")
 COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)")
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+WGMMA = re.compile(r"^HGMMA\.64x(\d+)x(\d+)\b")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch as a launcher asked for it."""
+    """One kernel launch as a launcher asked for it; ``programs``: the size of its grid."""
 
     kernel: JITFunction[Any]
     arguments: dict[str, Any]
     options: dict[str, Any]
+    programs: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one warp issues, from the machine code: outside of loops, and in one pass of a loop, their mean.
+
+    ``flops``: what a warp multiplies in such a pass, where that is ``wgmma``; other matrix instructions are not counted.
+    """
+
+    outside: int
+    looped: float
+    flops: float
+
+    def issued(self, warps: int, flops: float) -> float:
+        """Instructions of all warps of a launch that multiplies ``flops`` in all; each loop is passed once if it does not."""
+        passes = flops / self.flops if self.flops else warps
+        return warps * self.outside + passes * self.looped
 
 
 @dataclass(frozen=True)
@@ -58,6 +79,7 @@ class Resources:
     stack: int
     wgmma: int
     widths: tuple[int, ...]
+    code: Code
 
 
 @contextmanager
@@ -69,7 +91,7 @@ def recorded() -> Iterator[list[Launch]]:
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         named = dict(zip(self.arg_names, args, strict=False)) | kwargs
         assert set(named) == set(self.arg_names), set(named) ^ set(self.arg_names)
-        launches.append(Launch(self, named, options))
+        launches.append(Launch(self, named, options, math.prod(grid)))
 
     with mock.patch.object(JITFunction, "run", record):
         yield launches
@@ -110,13 +132,32 @@ def compiled(launch: Launch, capability: int) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        report, listing = (
+            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     ptx = kernel.asm["ptx"]
     stores = [int(bits) // 8 * int(vector or 1) for vector, bits in STORE.findall(ptx)]
     assert len(stores) == ptx.count("st.global"), f"{launch.kernel.__name__}: stores that STORE does not know"
     copies = [int(size, 0) for size in COPY.findall(ptx)]
-    usage = dict(item.split(":", 1) for item in report.stdout.split() if ":" in item)
+    usage = dict(item.split(":", 1) for item in report.split() if ":" in item)
     return Resources(
         launch.kernel.__name__, capability, kernel.metadata.shared, int(usage["REG"]), int(usage["STACK"]),
-        ptx.count("wgmma.mma"), (*stores, *copies),
+        ptx.count("wgmma.mma"), (*stores, *copies), code_of(listing),
     )  # fmt: skip
+
+
+def code_of(listing: str) -> Code:
+    """Read from what ``cuobjdump -sass`` prints; a loop is what lies between a branch back and its target."""
+    found = [(int(place, 16), name, rest) for place, name, rest in INSTRUCTION.findall(listing)]
+    assert found, "no instructions that INSTRUCTION knows"
+    targets = [(int(rest.split("0x")[-1], 16), place) for place, name, rest in found if name == "BRA" and "0x" in rest]
+    spans = [(start, end) for start, end in targets if start < end]
+    loops = [[name for place, name, _ in found if start <= place <= end] for start, end in spans]
+    multiplied = [WGMMA.match(name) for loop in loops for name in loop]
+    flops = sum(2 * 16 * int(match[1]) * int(match[2]) for match in multiplied if match)  # 64 rows for four warps
+    outside = [
+        name for place, name, _ in found if name != "NOP" and not any(start <= place <= end for start, end in spans)
+    ]
+    count = max(len(loops), 1)
+    return Code(len(outside), sum(map(len, loops)) / count, flops / count)

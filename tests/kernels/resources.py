@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -26,10 +26,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
 
 import torch
-from compiling import CAPABILITIES, Launch, compiled, launches_of, source_of
+from compiling import CAPABILITIES, Launch, Resources, compiled, launches_of, source_of
 
-from cases import KernelCase, kernel_cases
+from cases import KernelCase, Prepared, kernel_cases
 from lrp_fast.kernels import pointwise_conv, spatial_conv
+from predict import H100, predicted
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 Mode = Literal["heaviest", "cases", "candidates", "few"]
@@ -78,6 +79,8 @@ class Row:
     """What one launch of a case costs on one capability; ``rows`` and ``warps`` of its tile, rows 0 if it is no GEMM.
 
     ``narrowest``: the fewest bytes of activations that one instruction moves, see :class:`compiling.Resources`.
+    ``predicted``: seconds for what the case moves and multiplies; ``issue``: for the instructions of this launch, where every
+    scheduler of an H100 issues one in each cycle (in bfloat16 for sm_90; 0 elsewhere).
     """
 
     case: str
@@ -96,6 +99,8 @@ class Row:
     warps: int
     stages: int
     grouped: bool
+    predicted: float
+    issue: float
 
     @property
     def wants_wide(self) -> bool:
@@ -135,16 +140,19 @@ def identity(mode: Mode, case: KernelCase, launch: Launch) -> tuple[object, ...]
     return case.kernel, launch.kernel.__name__, frozenset(kept.items())
 
 
-def row_of(case: KernelCase, dtype: str, launch: Launch, capability: int) -> Row:
-    """Compile."""
-    found, arguments = compiled(launch, capability), launch.arguments
+def row_of(case: KernelCase, prepared: Prepared, dtype: str, launch: Launch, found: Resources) -> Row:
+    """What was found, as this case launches it."""
+    arguments, warps = launch.arguments, launch.options["num_warps"]
+    issued = found.code.issued(launch.programs * warps, prepared.flops)
     sums = {4} if "guarded" in (arguments.get("PART_A"), arguments.get("PART_B")) else set()  # one for eight channels
     tile = {name.lower(): int(arguments.get(name, 0)) for name in ("ROWS", "COLUMNS", "INNER")}
     return Row(
-        case.name, case.kernel, dtype, capability, found.name, found.shared, found.registers, found.stack, found.wgmma,
+        case.name, case.kernel, dtype, found.capability, found.name, found.shared, found.registers, found.stack, found.wgmma,
         min(width for width in found.widths if width not in sums), **tile,
-        warps=launch.options["num_warps"], stages=launch.options.get("num_stages", 0),
+        warps=warps, stages=launch.options.get("num_stages", 0),
         grouped=arguments.get("columns_of_group") != arguments.get("C") and "columns_of_group" in arguments,
+        predicted=predicted(prepared.bytes, prepared.flops, H100, DTYPES[dtype][0].itemsize),
+        issue=issued / H100.issue if (found.capability, dtype) == (90, "bf16") else 0.0,
     )  # fmt: skip
 
 
@@ -164,9 +172,8 @@ def wanted(mode: Mode, case: KernelCase, dtype: str, capability: int) -> bool:
     return heavy and multiplies and capability == 90
 
 
-def launches(mode: Mode, case: KernelCase, dtype: str, capability: int) -> list[Launch]:
-    """What a case launches; under ``candidates`` with each of them but the default, under ``few`` for one image."""
-    run = case.build(torch.device("meta"), DTYPES[dtype][0], 1 if mode == "few" else BATCH, DTYPES[dtype][1]).run
+def launches(mode: Mode, run: Callable[[], object], capability: int) -> list[Launch]:
+    """What a case launches; under ``candidates`` with each of them but the default."""
     if mode != "candidates":
         return launches_of(run)
     return [launch for place in range(1, 6) for launch in launches_of(partial(with_candidate, place, capability, run))]
@@ -194,18 +201,19 @@ def with_candidate(place: int, capability: int, run: Callable[[], object]) -> No
 
 
 def rows(mode: Mode, dtype: str, capability: int) -> list[Row]:
-    """What a mode compiles, each launch once; under ``cases`` equal launches of others have their rows too."""
+    """What a mode compiles, each launch once (``few``: for one image); under ``cases`` equal ones have rows of their own."""
     cases = [case for case in kernel_cases() if wanted(mode, case, dtype, capability)]
-    done: dict[object, Row] = {}
+    done: dict[object, Resources] = {}
     found = []
     for case in sorted(cases, key=lambda case: case.name not in HEAVIEST):
-        for launch in launches(mode, case, dtype, capability):
+        prepared = case.build(torch.device("meta"), DTYPES[dtype][0], 1 if mode == "few" else BATCH, DTYPES[dtype][1])
+        for launch in launches(mode, prepared.run, capability):
             key = identity(mode, case, launch)
             if key not in done:
-                done[key] = row_of(case, dtype, launch, capability)
-                found.append(done[key])
-            elif mode == "cases":
-                found.append(replace(done[key], case=case.name, kernel=case.kernel))
+                done[key] = compiled(launch, capability)
+            elif mode != "cases":
+                continue
+            found.append(row_of(case, prepared, dtype, launch, done[key]))
     return found
 
 
