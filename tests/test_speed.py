@@ -55,8 +55,14 @@ def test_faster_than_zennit_on_small_pictures(seconds: Callable[..., dict[str, f
 
 @pytest.mark.slow
 def test_faster_than_zennit() -> None:
-    """Each in a process of its own, as they are used, and as the table of the README has it."""
-    names = [PEER, "otsuki2024 compiled"]
+    """Each in a process of its own, as they are used, and as the table of bench/README.md has it.
+
+    Where convolutions are slow beside memory, zennit's time moves between what they take, ten forward passes, and half as much
+    again: 3.4 to 4.9 times ours in six runs on two cores of 233 GFLOP/s, above 4 on two of 576. Ours over the forward pass does
+    not depend on it.
+    """
+    ours, forward = "otsuki2024 compiled", "forward compiled"
+    names = [PEER, ours, forward]
     found: dict[str, float] = {}
     tasks = {name: workers.Task(name, "resnet50", 8, 224, "float32") for name in names}
     model = contenders.network("resnet50", CPU)
@@ -71,4 +77,5 @@ def test_faster_than_zennit() -> None:
         for _ in range(5):
             for name, worker in running.items():
                 found[name] = min(found.get(name, math.inf), worker.explain(tasks[name]))
-    assert found[PEER] >= 4 * found["otsuki2024 compiled"], found
+    assert found[PEER] >= 3 * found[ours], found
+    assert found[ours] <= 3.8 * found[forward], found
