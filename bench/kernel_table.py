@@ -25,7 +25,7 @@ from resources import Row, resources
 
 from cases import KernelCase, Prepared, kernel_cases
 from lrp_fast import list_composites
-from predict import H100, H200, Pass, Recorded, predicted, recorded
+from predict import H100, H200, Pass, Recorded, recorded
 
 README = pathlib.Path(__file__).resolve().parents[1] / "kernels" / "README.md"
 BATCH, SIDE = 256, 224
@@ -106,7 +106,7 @@ def kernel_row(case: KernelCase, rows: Sequence[Row], measured: Measured) -> lis
     kernel, _, shape = case.name.partition(" ")
     return [
         f"`{kernel}` {shape}", str(case.count or "–"), f"{prepared.bytes / 1e6:.1f}", f"{prepared.flops / 1e9:.1f}",
-        f"{1e6 * predicted(prepared.bytes, prepared.flops, H100):.1f}", f"{1e6 * last[90].issue:.1f}",
+        f"{1e6 * last[90].predicted:.1f}", f"{1e6 * last[90].issue:.1f}",
         "" if took is None else f"{1e6 * took:.1f}",
         each(lambda row: row.registers), each(lambda row: -(-row.shared // 1024)),
         str(last[90].wgmma or "–"), str(max(row.stack for row in rows)),

@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -79,7 +80,12 @@ class Resources:
     stack: int
     wgmma: int
     widths: tuple[int, ...]
-    code: Code
+    cubin: bytes = field(repr=False)
+
+    @cached_property
+    def code(self) -> Code:
+        """Disassembled when it is asked for: that takes a third of a second."""
+        return code_of(cuobjdump("-sass", self.cubin))
 
 
 @contextmanager
@@ -128,23 +134,24 @@ def source_of(launch: Launch) -> ASTSource:
 def compiled(launch: Launch, capability: int) -> Resources:
     """Compile a launch for ``capability`` and read what it costs from the cubin."""
     kernel = triton.compile(source_of(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
-    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        report, listing = (
-            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
     ptx = kernel.asm["ptx"]
     stores = [int(bits) // 8 * int(vector or 1) for vector, bits in STORE.findall(ptx)]
     assert len(stores) == ptx.count("st.global"), f"{launch.kernel.__name__}: stores that STORE does not know"
     copies = [int(size, 0) for size in COPY.findall(ptx)]
-    usage = dict(item.split(":", 1) for item in report.split() if ":" in item)
+    usage = dict(item.split(":", 1) for item in cuobjdump("-res-usage", kernel.asm["cubin"]).split() if ":" in item)
     return Resources(
         launch.kernel.__name__, capability, kernel.metadata.shared, int(usage["REG"]), int(usage["STACK"]),
-        ptx.count("wgmma.mma"), (*stores, *copies), code_of(listing),
+        ptx.count("wgmma.mma"), (*stores, *copies), kernel.asm["cubin"],
     )  # fmt: skip
+
+
+def cuobjdump(option: str, cubin: bytes) -> str:
+    """What Triton's own cuobjdump prints of machine code."""
+    program = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def code_of(listing: str) -> Code:

@@ -143,7 +143,8 @@ def identity(mode: Mode, case: KernelCase, launch: Launch) -> tuple[object, ...]
 def row_of(case: KernelCase, prepared: Prepared, dtype: str, launch: Launch, found: Resources) -> Row:
     """What was found, as this case launches it."""
     arguments, warps = launch.arguments, launch.options["num_warps"]
-    issued = found.code.issued(launch.programs * warps, prepared.flops)
+    counted = (found.capability, dtype) == (90, "bf16")
+    issued = found.code.issued(launch.programs * warps, prepared.flops) if counted else 0.0
     sums = {4} if "guarded" in (arguments.get("PART_A"), arguments.get("PART_B")) else set()  # one for eight channels
     tile = {name.lower(): int(arguments.get(name, 0)) for name in ("ROWS", "COLUMNS", "INNER")}
     return Row(
@@ -152,7 +153,7 @@ def row_of(case: KernelCase, prepared: Prepared, dtype: str, launch: Launch, fou
         warps=warps, stages=launch.options.get("num_stages", 0),
         grouped=arguments.get("columns_of_group") != arguments.get("C") and "columns_of_group" in arguments,
         predicted=predicted(prepared.bytes, prepared.flops, H100, DTYPES[dtype][0].itemsize),
-        issue=issued / H100.issue if (found.capability, dtype) == (90, "bf16") else 0.0,
+        issue=issued / H100.issue,
     )  # fmt: skip
 
 
