@@ -40,7 +40,7 @@ from lrp_fast.engine import Program
 from lrp_fast.layers import Convolution, Linear, Reshape
 from lrp_fast.rules import FIXED_PARTS
 from lrp_fast.scopes import float32_precision
-from lrp_fast.trace import parameter_table
+from lrp_fast.watch import parameter_table
 
 Run = Callable[[], Any]
 COMPOSITE = "otsuki2024"

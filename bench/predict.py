@@ -26,7 +26,8 @@ from lrp_fast.engine import Operation, Program, bind_linears
 from lrp_fast.kernels.common import Denominators
 from lrp_fast.layers import Shape
 from lrp_fast.plan import Unit
-from lrp_fast.trace import parameter_table, trace
+from lrp_fast.trace import trace
+from lrp_fast.watch import parameter_table
 
 KERNELS = {
     "gate": "gate.gate", "image_maximum": "gate.image_maximum", "merge": "merge.merge", "arrive": "merge.arrive",

@@ -24,7 +24,7 @@ from lrp_fast.explain import LRP, Attribution
 from lrp_fast.images import ImageError, Preprocessing, decode_image
 from lrp_fast.models import LoadedModel
 from lrp_fast.store import CHANNELS, DONE, FAILED, INPUT, Layout, Rows
-from lrp_fast.trace import parameter_table
+from lrp_fast.watch import parameter_table
 
 NOT_FINITE = "its relevance holds values that are NaN or infinite"
 LARGEST_BATCH = 256

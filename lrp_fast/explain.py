@@ -26,7 +26,8 @@ from lrp_fast.memory import keep_freed_memory
 from lrp_fast.plan import TraceError, Unit
 from lrp_fast.scopes import current_device, float32_precision
 from lrp_fast.splits import Split, Splits, as_splits
-from lrp_fast.trace import check_eval, hooked, parameter_table, restored, trace
+from lrp_fast.trace import restored, trace
+from lrp_fast.watch import Watch, hooked, parameter_table
 
 logger = logging.getLogger("lrp_fast")
 
@@ -139,9 +140,8 @@ class LRP:
         self.keep_memory = keep_memory
         self._backend, self._dtype = backend, dtype  # as asked for
         self.refresh()
-        self._largest: dict[Shape, int] = {}  # elements of the largest tensor, for an image's shape
         self.backend = backend
-        self.device, self.dtype = self._place(parameter_table(model, self.plan))
+        self.device, self.dtype = self._place(self._parameters)
         if backend == "auto":
             self.backend, why = _choose_backend(self.device, self.dtype)
             logger.info("backend: %s (%s, %s)%s", self.backend, self.device, self.dtype, why)
@@ -299,8 +299,8 @@ class LRP:
     def refresh(self) -> None:
         """Read the model again, as if the explainer was new.
 
-        Needed only after what nothing else shows: writes through ``.data`` or under ``torch.inference_mode``, and other
-        settings of a module, such as a stride. Other weights, and other modules in place of some, are seen.
+        Needed only after what nothing shows: writes through ``.data`` or under ``torch.inference_mode``, and settings that
+        are objects of the model's own. Other weights, modules, hooks and plain settings, such as a stride, are seen.
         """
         self._trace()
         self._forget()
@@ -308,16 +308,18 @@ class LRP:
     # Binding.
 
     def _trace(self) -> None:
-        self.plan = trace(self.model)
-        self._assignments: tuple[Assignment, ...] = self.composite.assign(self.plan)
-        self._modules = tuple(self.model.modules())
+        plan = trace(self.model)
+        assignments: tuple[Assignment, ...] = self.composite.assign(plan)
+        self.plan, self._assignments, self._watch = plan, assignments, Watch(self.model, plan)
 
     def _forget(self) -> None:
-        """What was made of the weights."""
+        """The weights and what was made of them."""
+        self._parameters: Mapping[str, Tensor] = parameter_table(self.model, self.plan)
+        self._state: object = None  # of these parameters, once they are placed
         self._linears: dict[int, LinearOperation] | None = None
-        self._signature: object = None
         self._checked = False
         self._programs: dict[object, _Runner] = {}
+        self._largest: dict[Shape, int] = {}  # elements of the largest tensor, for an image's shape
 
     def _place(self, parameters: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
         devices = {value.device for value in parameters.values()} or {torch.device("cpu")}
@@ -337,17 +339,20 @@ class LRP:
         return devices.pop(), dtype
 
     def _refresh_if_changed(self) -> Mapping[str, Tensor]:
-        if check_eval(self.model) != self._modules:
-            self.refresh()
-        parameters = parameter_table(self.model, self.plan)
-        signature = tuple((p.data_ptr(), _version(p), p.dtype, p.device, p.shape) for p in parameters.values())
-        if signature != self._signature:
+        if self._watch.changed():
+            plan = self.plan
+            self._trace()
+            self._checked = False
+            if self.plan != plan:
+                self._forget()
+        state = self._watch.state()
+        if state != self._state:
             self._forget()
-            self.device, self.dtype = self._place(parameters)
+            self.device, self.dtype = self._place(self._parameters)
             if self.backend == "triton":
                 _triton().check_device(self.device, self.dtype)
-            self._signature = signature
-        return parameters
+            self._state = state
+        return self._parameters
 
     def _program(self, inputs: Tensor, observed: frozenset[int], heatmap: bool, maps: int = 1) -> _Runner:
         shape = tuple(inputs.shape)
@@ -355,11 +360,10 @@ class LRP:
         key = (shape, observed, heatmap, maps)
         runner = self._programs.pop(key, None)
         if runner is None:
-            parameters = parameter_table(self.model, self.plan)
             if self._linears is None:
                 fold = self.composite.batch_norm == "fold"
-                self._linears = bind_linears(self.plan, self._assignments, fold, parameters, self.dtype)
-            shapes = self.plan.shapes(shape, parameters)
+                self._linears = bind_linears(self.plan, self._assignments, fold, self._parameters, self.dtype)
+            shapes = self.plan.shapes(shape, self._parameters)
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             serve = self._serve if self.backend == "triton" else None
             program = Program(self.plan, self._assignments, self._linears, shapes, like, observed, heatmap, serve, maps)
@@ -407,7 +411,7 @@ class LRP:
         """
         size = tuple(inputs.shape[1:])
         if size not in self._largest:
-            shapes = self.plan.shapes(tuple(inputs.shape), parameter_table(self.model, self.plan))
+            shapes = self.plan.shapes(tuple(inputs.shape), self._parameters)
             self._largest[size] = max(math.prod(shape[1:]) for shape in shapes)
         largest = self._largest[size] * self.dtype.itemsize * targets.maps
         pieces = -(-len(inputs) // max(1, LARGEST_TENSOR // largest))
@@ -431,9 +435,8 @@ class LRP:
     def _explain_reference(
         self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
     ) -> Attribution:
-        parameters = parameter_table(self.model, self.plan)
-        self.plan.shapes(tuple(inputs.shape), parameters)
-        double = _double(parameters)
+        self.plan.shapes(tuple(inputs.shape), self._parameters)
+        double = _double(self._parameters)
         values = reference.forward(self.plan, double, inputs.double())
         output = values[self.plan.output]
         self._check_output(inputs, output)
@@ -509,8 +512,7 @@ class LRP:
         self._checked = same and bool(finite.all())
         if self._checked:
             return
-        table = parameter_table(self.model, self.plan)
-        broken = [path for path, value in table.items() if not bool(value.isfinite().all())]
+        broken = [path for path, value in self._parameters.items() if not bool(value.isfinite().all())]
         if broken:
             raise TraceError(f"weights are not finite (NaN or infinity): {', '.join(broken[:5])}")
         if not same and not bool(finite.all()):
@@ -518,7 +520,7 @@ class LRP:
         if not same:
             raise TraceError(
                 f"the logits of what was traced are not the model's: off by {error:.1%} on the first image. Its forward asks "
-                "what a trace cannot answer (about types, values or gradients), or a setting of a module was changed since "
+                "what a trace cannot answer (about types, values or gradients), or an object that it reads was changed since "
                 "(then call refresh())"
             )
 
@@ -779,7 +781,3 @@ def _joined(results: Sequence[Attribution]) -> Attribution:
 
 def _double(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {path: value.double() for path, value in parameters.items()}
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version

@@ -40,6 +40,7 @@ from lrp_fast.layers import (
     Slice,
 )
 from lrp_fast.plan import Plan, Step, TraceError
+from lrp_fast.watch import hooked
 
 SUPPORTED = (
     "convolution (1-D to 3-D, grouped, dilated), linear, batch norm right after one of these, ReLU, max / average / "
@@ -153,11 +154,6 @@ def trace(model: nn.Module) -> Plan:
         except Exception as error:  # whatever the user's forward raises when its input is a proxy
             raise _untraceable(type(model).__name__, error) from error
     return _Builder(model, tracer.module_outputs).build(graph)
-
-
-def hooked(model: nn.Module) -> list[str]:
-    """Which modules have forward hooks."""
-    return [name or "the model" for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
 @contextmanager
@@ -870,23 +866,3 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
     for name in path.split("."):
         value = getattr(value, name)
     return value
-
-
-def parameter_table(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The tensors a plan's layers name, by path, detached; they share the model's memory.
-
-    Read anew at every explanation, so through the tables of a module, which take a tenth of the time of its attributes.
-    """
-    table: dict[str, Tensor] = {}
-    for path, names in plan.parameters.items():
-        module: Any = model
-        for part in path.split(".") if path else ():
-            module = module._modules[part]
-        for name in names:
-            value = module._parameters.get(name)
-            if value is None:
-                value = module._buffers.get(name)
-            if value is None:  # computed from others, by what was registered after the trace
-                value = getattr(module, name)
-            table[f"{path}.{name}" if path else name] = value.detach()
-    return table

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrp_fast import LRP, reference
-from lrp_fast.trace import parameter_table
+from lrp_fast.watch import parameter_table
 
 
 def calibrated(model: nn.Module, seed: int, shape: tuple[int, ...] = (8, 3, 64, 64)) -> nn.Module:

@@ -9,6 +9,7 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -199,6 +200,10 @@ def test_two_calls_give_equal_bits_and_new_weights_are_noticed(images: Tensor) -
     changed = explainer.explain(images)
     assert torch.equal(changed.relevance, LRP(model).explain(images).relevance)
     prune.l1_unstructured(model.linear, "weight", 0.5)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="hooks"), pytest.raises(ValueError, match=r"linear\.weight is no param"):
+            explainer.explain(images)
+    prune.remove(model.linear, "weight")
     assert relative_error(explainer.explain(images).output, changed.output) > 1e-3
     with torch.no_grad():
         torch.testing.assert_close(explainer.explain(images).output, model(images))
@@ -219,17 +224,72 @@ def test_other_modules_are_traced_anew(images: Tensor) -> None:
             explainer.explain(images)
 
 
-def test_other_settings_need_a_refresh(images: Tensor) -> None:
+def test_other_settings_are_traced_anew(images: Tensor) -> None:
     model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
     explainer = LRP(model)
     explainer.explain(images)
     model.conv1.stride = (2, 2)
+    model.bn1.eps = 0.5
+    assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+    model.conv1.stride = "wide"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="conv1"):
+            explainer.explain(images)
+    model.conv1.stride = (1, 1)
+    assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+
+
+class Configured(nn.Module):
+    """Its forward reads an object that nobody watches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear, self.settings = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), {"relu": True}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.linear((y.relu() if self.settings["relu"] else y).mean((2, 3)))
+
+
+def test_settings_within_objects_need_a_refresh(images: Tensor) -> None:
+    model = Configured().eval()
+    explainer = LRP(model)
+    explainer.explain(images)
+    model.settings["relu"] = False
     with torch.no_grad():
-        model.conv1.weight.mul_(1.0)
+        model.conv.weight.mul_(1.5)
     with pytest.raises(ValueError, match=r"not the model's: off by .*refresh\(\)"):
         explainer.explain(images)
     explainer.refresh()
     assert torch.equal(explainer.explain(images).relevance, LRP(model).explain(images).relevance)
+
+
+def test_hooks_are_warned_of_whenever_they_come(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    expected = explainer.explain(images)
+    made = [*explainer._programs.values()]
+    handle = model.blocks[0].conv1.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.warns(UserWarning, match=r"forward hooks at blocks\.0\.conv1 are not run") as warned:
+        got = explainer.explain(images)
+    assert [warning.filename for warning in warned] == [__file__]
+    assert torch.equal(got.relevance, expected.relevance)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explainer.explain(images)
+        handle.remove()
+        assert torch.equal(explainer.explain(images).relevance, expected.relevance)
+    assert [*explainer._programs.values()] == made  # what was traced again is the same
+
+
+def test_what_comes_after_a_refresh_is_placed_anew(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    explainer.explain(images)
+    model.double()
+    explainer.refresh()
+    assert explainer.explain(images.double()).relevance.dtype == torch.float64
+    assert explainer.dtype == torch.float64
 
 
 class Asks(nn.Module):
@@ -670,7 +730,9 @@ class TestErrors:
             LRP(model, dtype=torch.float16)
         with pytest.raises(ValueError, match=r"the reference computes in float64, got dtype=torch\.bfloat16"):
             LRP(model, backend="reference", dtype=torch.bfloat16)
-        with pytest.raises(ValueError, match="compile=True is for the torch and triton backends, got backend 'reference'"):
+        with pytest.raises(
+            ValueError, match="compile=True is for the torch and triton backends, got backend 'reference'"
+        ):
             LRP(model, backend="reference", compile=True)
 
     @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import lrp_fast
 ROOT = pathlib.Path(lrp_fast.__file__).parent
 LEVELS = (
     ("kernels",),
-    ("version", "environment", "memory", "layers", "rules", "plan", "splits", "scopes"),
+    ("version", "environment", "memory", "layers", "rules", "plan", "splits", "scopes", "watch"),
     ("composites", "reference", "backends"),
     ("trace", "engine"),
     ("audit", "explain", "heatmap", "images", "models", "embedded", "data", "store", "metrics"),

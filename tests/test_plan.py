@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lrp_fast import reference
 from lrp_fast.layers import Merge
 from lrp_fast.plan import Plan
-from lrp_fast.trace import parameter_table, trace
+from lrp_fast.trace import trace
+from lrp_fast.watch import parameter_table
 from tests.networks import CifarResNet
 
 

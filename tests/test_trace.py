@@ -21,7 +21,8 @@ from lrp_fast.composites import Composite
 from lrp_fast.explain import LRP
 from lrp_fast.layers import AveragePool, Dense, Linear, Merge, Pad
 from lrp_fast.plan import Plan, TraceError
-from lrp_fast.trace import parameter_table, trace
+from lrp_fast.trace import trace
+from lrp_fast.watch import parameter_table
 from tests.networks import CifarResNet
 
 Forward = Callable[[Any, Tensor], Any]

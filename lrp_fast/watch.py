@@ -1,0 +1,111 @@
+"""Whether a model still is what was read of it.
+
+Asked before every explanation, so through the tables of modules, which take a tenth of the time of their attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrp_fast.plan import Plan
+
+_CONSTANTS = (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, MethodType)
+_TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
+"""What torch keeps in every module: tensors, children and hooks, which are looked at by themselves."""
+
+
+class Watch:
+    """A model as it was traced: its modules, their mode, settings and forward hooks, and the tensors that a plan names.
+
+    Settings are attributes that are numbers, text, functions or classes, or tuples or lists of these: a stride, say.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._modules = [_Module.of(module) for module in model.modules()]
+        self._places = _places(model, plan)
+
+    def changed(self) -> bool:
+        """Whether a trace might find something else than it did."""
+        try:
+            for module, kind, read, settings, children, hooked, replaced in self._modules:
+                own = vars(module)
+                if (
+                    type(module) is not kind
+                    or read(own) != settings
+                    or own["_modules"] != children
+                    or _is_hooked(own) is not hooked
+                    or ("forward" in own) is not replaced
+                ):
+                    return True
+        except (KeyError, RuntimeError, ValueError):  # a setting is gone, or an array now, which is not compared as a whole
+            return True
+        return any(table.get(name) is None for _, table, name in self._places)
+
+    def state(self) -> list[tuple[int, int, torch.Size]]:
+        """Where each tensor lies, how often it was written to, which inference tensors do not count, and its shape.
+
+        As long as :func:`parameter_table` is held, so that no others can be where they were, equal for equal values.
+        """
+        tensors = [table[name] for _, table, name in self._places]
+        return [(x.data_ptr(), 0 if x.is_inference() else x._version, x.shape) for x in tensors]
+
+
+def parameter_table(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The tensors a plan's layers name, by path, detached; they share the model's memory."""
+    return {path: table[name].detach() for path, table, name in _places(model, plan)}
+
+
+def hooked(model: nn.Module) -> list[str]:
+    """Which modules have forward hooks."""
+    return [name or "the model" for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+class _Module(NamedTuple):
+    """A module and what it was: its class, settings (and how to read them again), children, and forwards of its own."""
+
+    module: nn.Module
+    kind: type
+    read: Callable[[dict[str, Any]], object]
+    settings: tuple[object, ...]
+    children: dict[str, nn.Module | None]
+    hooked: bool
+    replaced: bool
+
+    @staticmethod
+    def of(module: nn.Module) -> _Module:
+        own = vars(module)
+        # "training" twice: of one name an itemgetter gives no tuple.
+        read = itemgetter("training", *(name for name, value in own.items() if _is_setting(name, value)))
+        settings = tuple([*value] if isinstance(value, list) else value for value in read(own))
+        hooked, replaced = _is_hooked(own), "forward" in own
+        return _Module(module, type(module), read, settings, dict(own["_modules"]), hooked, replaced)
+
+
+def _is_setting(name: str, value: object) -> bool:
+    held = value if isinstance(value, list) else [value]
+    return name not in _TORCHS_OWN and all(map(_is_constant, held))
+
+
+def _is_constant(value: object) -> bool:
+    return isinstance(value, _CONSTANTS) or (isinstance(value, tuple) and all(map(_is_constant, value)))
+
+
+def _is_hooked(own: dict[str, Any]) -> bool:
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+
+
+def _places(model: nn.Module, plan: Plan) -> list[tuple[str, dict[str, Any], str]]:
+    """Each tensor's path, the table of its module that holds it, and its name there."""
+    places = []
+    for path, names in plan.parameters.items():
+        module = model.get_submodule(path)
+        for name in names:
+            table = module._parameters if module._parameters.get(name) is not None else module._buffers
+            places.append((f"{path}.{name}" if path else name, table, name))
+    return places
