@@ -114,9 +114,8 @@ class Maker:
             return plus + minus, bias
         if denominators.kind == "stacked":
             return torch.cat([plus + minus, plus]), torch.cat([bias, torch.zeros_like(bias)])
-        if denominators.kind == "gamma":
-            return torch.cat([plus + minus, plus]), torch.cat([bias, bias.clamp(min=0)])
-        return torch.cat([plus, minus]), torch.cat([bias.clamp(min=0), bias.clamp(max=0)])
+        negative = 0.5 if denominators.kind == "signs" else 0.0
+        return torch.cat([plus + minus, plus]), torch.cat([bias, bias.clamp(min=0) + negative])
 
     def stacked(self, denominators: Denominators, *shape: int) -> Tensor:
         """A raw convolution output (…, S · C), shape (…, C), whose denominators have no pole."""
@@ -124,12 +123,19 @@ class Maker:
             return self.normal(*shape)
         if denominators.kind == "stacked":
             return torch.cat([self.normal(*shape), self.positive(*shape)], -1)
-        if denominators.kind == "gamma":
-            own = self.normal(*shape)
-            return torch.cat([own, own.clamp(min=0) + self.positive(*shape)], -1)
         if denominators.kind == "apart":
             return torch.cat([self.normal(*shape), self.positive(*shape), -self.positive(*shape)], -1)
-        return torch.cat([self.positive(*shape), -self.positive(*shape) / 2], -1)
+        own = self.normal(*shape)
+        return torch.cat([own, own.clamp(min=0) + self.positive(*shape)], -1)
+
+    def bias(self, denominators: Denominators, channels: int) -> Tensor:
+        """Of such an output, (S · C)."""
+        bias = self.positive(denominators.stacks * channels)
+        if denominators.kind == "apart":
+            bias[-channels:] *= -0.5
+        if denominators.kind == "signs":
+            bias[channels:] += bias[:channels] + 0.5
+        return bias
 
     def limit(self, denominators: Denominators, batch: int) -> Tensor | None:
         """What counts as zero in each image, under a zero-guard: half of all denominators do."""
@@ -171,7 +177,7 @@ def understood(stacked: Tensor, bias: Tensor | None, denominators: Denominators)
         return first, [second]
     if denominators.kind == "gamma":
         return first, [first + denominators.gamma * second, first + denominators.gamma * (first - second)]
-    return first + second, [first, second]
+    return first, [second, first - second]
 
 
 def gates_of(
@@ -295,11 +301,9 @@ def build_gate(
     """gate.gate behind a library convolution; ``fixed``: its denominators do not depend on the image, or a part of them."""
     make = Maker(device, dtype)
     stacked = make.stacked(rule, batch, size, size, channels)
-    bias = None if rule.stabilizer == "guard" else make.positive(rule.stacks * channels)
+    bias = None if rule.stabilizer == "guard" else make.bias(rule, channels)
     limit = make.limit(rule, batch)
     same = make.positive(size, size, channels).float() if fixed else None
-    if rule.groups == 2 and rule.kind != "gamma" and bias is not None:
-        bias[-channels:] *= -0.5
 
     def eager() -> list[Tensor]:
         beside = stacked
@@ -427,12 +431,11 @@ def other_branch(
     """A branch of a merge: a value, or the raw output of its last layer."""
     if not linear:
         return Branch(make.positive(batch, size, size, channels))
-    tensor, bias = make.stacked(rule, batch, size, size, channels), make.positive(rule.stacks * channels)
+    tensor, bias = make.stacked(rule, batch, size, size, channels), make.bias(rule, channels)
     if rising:
         tensor[..., :channels].abs_()
-    if rule.kind == "signs":
-        tensor[..., channels:] /= 4 if rising else 1
-        bias[channels:] *= -0.125 if rising else -0.5
+        if rule.kind == "signs":
+            tensor[..., channels:] += tensor[..., :channels]
     return Branch(tensor, True, bias, make.limit(rule, batch))
 
 

@@ -3,15 +3,15 @@
 Activations are NHWC and contiguous: a tensor of C channels is a matrix of ``rows`` (images · height · width) × C.
 
 A linear layer's convolution runs once with S weights stacked (S = 1 to 3), so that its raw output has S · C channels:
-``first``, ``second`` and ``third``, each plus its bias. From these come the layer's own output and the denominators of its rule's
-G groups (G = 1 or 2), by the kind of :class:`Denominators`::
+``first``, ``second`` and ``third``, each plus its bias. ``first`` is the layer's own output, never a sum of parts that cancel;
+from them come the denominators of its rule's G groups (G = 1 or 2), by the kind of :class:`Denominators`::
 
-    kind       S  G   own               z_1                      z_2
-    "own"      1  1   first             first                                                  ε
-    "stacked"  2  1   first             second                                                 z⁺, positive products
-    "signs"    2  2   first + second    first                         second                                αβ
-    "gamma"    2  2   first             first + γ · second            (1 + γ) · first − γ · second          γ
-    "apart"    3  2   first             second                        third                   αβ, behind a library's convolution
+    kind       S  G   z_1                      z_2
+    "own"      1  1   first                                                     ε
+    "stacked"  2  1   second                                                    z⁺, positive products
+    "signs"    2  2   second                   first − second, below zero       αβ
+    "gamma"    2  2   first + γ · second       (1 + γ) · first − γ · second     γ
+    "apart"    3  2   second                   third                            αβ of pixels, behind a library's convolution
 
 and from a denominator its gate, ``gate_g = numerator · mask_g / stab(z_g)``. The gates of one layer lie side by side,
 G · C channels. Under a zero-guard what counts as dead is coded by sign: the gate is ``numerator / z`` where the
@@ -328,28 +328,21 @@ def quotient(numerator, denominator):
 
 
 @triton.jit
-def own_output(first, second, KIND: tl.constexpr):
-    """The layer's own output, before any ReLU."""
-    if KIND == "signs":
-        return first + second
-    else:
-        return first
-
-
-@triton.jit
 def first_denominator(first, second, gamma, KIND: tl.constexpr):
-    if KIND == "stacked":
-        return second
+    if KIND == "own" or KIND == "apart":  # which has come with its two denominators alone
+        return first
     elif KIND == "gamma":
         return first + gamma * second
     else:
-        return first
+        return second
 
 
 @triton.jit
 def second_denominator(first, second, gamma, KIND: tl.constexpr):
     if KIND == "gamma":
         return first + gamma * (first - second)
+    elif KIND == "signs":
+        return tl.minimum(first - second, -SMALLEST)  # what is not below zero is so by rounding, and ε has its sign
     else:
         return second
 
@@ -377,7 +370,7 @@ def store_gates(
 ):  # fmt: skip
     """Write a tile's gates, rows × G · C. ``rows`` [BM, 1] int64, ``columns`` [1, BN]; first, second [BM, BN] float32."""
     gate = gate_of(first_denominator(first, second, gamma, KIND), numerator, epsilon, limit, STABILIZER)
-    if KIND == "signs" or KIND == "gamma":
+    if KIND == "signs" or KIND == "gamma" or KIND == "apart":
         other = gate_of(second_denominator(first, second, gamma, KIND), numerator, epsilon, limit, STABILIZER)
         if KIND == "gamma":
             gate = tl.where(first > 0, gate, 0.0)
@@ -435,16 +428,12 @@ def store_merge(
     too (gates are written to ``other_ptr``) or a plain value ``other_first`` (its weight is written there, with
     ``HAS_OTHER_END``).
     """
-    own = own_output(first, second, KIND)
-    other = other_first
-    if OTHER_LINEAR:
-        other = own_output(other_first, other_second, KIND)
-    merged = own + other
+    merged = first + other_first
     tl.store(merged_ptr + rows * C + columns, tl.maximum(merged, 0.0) if RELU else merged, mask=inside)
     if IS_RESIDUAL:
-        weight, other_weight = split_weights(own, other, merged, SPLIT)
+        weight, other_weight = split_weights(first, other_first, merged, SPLIT)
     else:
-        other_weight, weight = split_weights(other, own, merged, SPLIT)
+        other_weight, weight = split_weights(other_first, first, merged, SPLIT)
     if HAS_GATES:
         store_gates(gate_ptr, first, second, weight, rows, columns, inside, C, epsilon, limit, gamma, KIND, STABILIZER)
     if OTHER_LINEAR:

@@ -1,10 +1,10 @@
 """After a convolution with stacked weights: bias, ReLU, denominators and gates, in one pass.
 
     first = stacked[:, :C] + bias[:C]      second = stacked[:, C:] + bias[C:]            (BN is folded into both)
-    value = ReLU(own)                      gate_g = numerator · mask_g / stab(z_g)
+    value = ReLU(first)                    gate_g = numerator · mask_g / stab(z_g)
     maximum[n] = factor · max over image n of z_1                  (a zero-guard's limit, if the factor is its threshold)
 
-stacked rows × S · C → value rows × C, gates rows × G · C, maximum (N,) float32; ``own`` and ``z_g`` as in :mod:`common`.
+stacked rows × S · C → value rows × C, gates rows × G · C, maximum (N,) float32; ``z_g`` as in :mod:`common`.
 With a ``group_width`` the stacks of a grouped convolution lie group by group: W columns of the first, W of the second,
 and so on, W = C / groups; the bias lies (first, second) as ever.
 """
@@ -22,7 +22,6 @@ from .common import (
     cdiv,
     check_one_denominator,
     divisible,
-    own_output,
     store_gates,
     tile,
     tile_at,
@@ -65,9 +64,7 @@ def _gate_kernel(
         second = load_one(
             stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, 1, STACKS, HAS_BIAS, GROUP_WIDTH
         )
-    value = own_output(first, second, KIND)
-    if RELU:
-        value = tl.maximum(value, 0.0)
+    value = tl.maximum(first, 0.0) if RELU else first
     tl.store(value_ptr + rows * C + columns, value, mask=inside)
     limit = 0.0
     if STABILIZER == "guard":
@@ -85,7 +82,7 @@ def _gate_kernel(
         )
     store_gates(
         gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, limit, gamma,
-        "signs" if KIND == "apart" else KIND, STABILIZER,
+        KIND, STABILIZER,
     )  # fmt: skip
 
 

@@ -4,11 +4,11 @@ Forward, S weights stacked (S = 1 or 2), row (n, oy, ox) of the result reading x
 
     first = x @ weight[:C]ᵀ + bias[:C]      second = x @ weight[C:]ᵀ + bias[C:]
 
-    gated     value = ReLU(own)             gate_g = numerator · mask_g / stab(z_g)
-    merged    merged = ReLU(own + other)    gate_g = ρ · mask_g / stab(z_g), ρ the branch's weight under the split
+    gated     value = ReLU(first)           gate_g = numerator · mask_g / stab(z_g)
+    merged    merged = ReLU(first + other)  gate_g = ρ · mask_g / stab(z_g), ρ the branch's weight under the split
     maximum   maximum[n] = factor · max over image n of z_1
 
-x rows × K, weight S · C × K → value rows × C, gates rows × G · C; ``own`` and ``z_g`` as in :mod:`common`. ``other`` is
+x rows × K, weight S · C × K → value rows × C, gates rows × G · C; ``z_g`` as in :mod:`common`. ``other`` is
 read, or, as a projection, one more product of the same program, whose stacked output then never leaves it.
 Backward, an :class:`Arrival` settling what one or two messages s (rows × K) bring::
 
@@ -45,7 +45,6 @@ from .common import (
     load_stack,
     merge_outputs,
     next_power_of_2,
-    own_output,
     pixel_of,
     settle,
     store_gates,
@@ -283,9 +282,7 @@ def _gated_kernel(
             part_of(whole_first, part, PARTS, ROWS, COLUMNS), part_of(whole_second, part, PARTS, ROWS, COLUMNS),
             bias_ptr, columns, C, STACKS, HAS_BIAS,
         )  # fmt: skip
-        value = own_output(first, second, KIND)
-        if RELU:
-            value = tl.maximum(value, 0.0)
+        value = tl.maximum(first, 0.0) if RELU else first
         tl.store(value_ptr + rows * C + columns, value, mask=inside)
         numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
         store_gates(

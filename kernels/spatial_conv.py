@@ -4,10 +4,10 @@ Forward, S weights stacked (S = 1 or 2), tap (i, j) of the result at (oy, ox) re
 
     first = Σ_ij x_ij @ weight[:C, i, j]ᵀ + bias[:C]      second = Σ_ij x_ij @ weight[C:, i, j]ᵀ + bias[C:]
 
-    gated     value = ReLU(own)             gate_g = numerator · mask_g / stab(z_g)
-    merged    merged = ReLU(own + other)    gate_g = ρ · mask_g / stab(z_g), ρ the branch's weight under the split
+    gated     value = ReLU(first)           gate_g = numerator · mask_g / stab(z_g)
+    merged    merged = ReLU(first + other)  gate_g = ρ · mask_g / stab(z_g), ρ the branch's weight under the split
 
-x (N, H, W, Cin), weight (S · C, kh, kw, Cin / groups) → value (N, Ho, Wo, C), gates (N, Ho, Wo, G · C); ``own`` and
+x (N, H, W, Cin), weight (S · C, kh, kw, Cin / groups) → value (N, Ho, Wo, C), gates (N, Ho, Wo, G · C);
 ``z_g`` as in :mod:`common`. Backward, the transposed convolution of a message s (M · N, Ho, Wo, G · C) and an
 :class:`Arrival` settling what it brings, M maps of each image::
 
@@ -40,7 +40,6 @@ from .common import (
     load_stack,
     merge_outputs,
     next_power_of_2,
-    own_output,
     pixel_of,
     settle,
     store_gates,
@@ -168,9 +167,7 @@ def _gated_kernel(
         TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X,
         STACKS, HAS_BIAS, EVEN_K, PRECISION, ROWS, COLUMNS, INNER,
     )  # fmt: skip
-    value = own_output(first, second, KIND)
-    if RELU:
-        value = tl.maximum(value, 0.0)
+    value = tl.maximum(first, 0.0) if RELU else first
     tl.store(value_ptr + rows * C + columns, value, mask=inside)
     numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
     store_gates(gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, 0.0, gamma, KIND, STABILIZER)

@@ -88,11 +88,8 @@ def drawn_stack(denominators: Denominators, *shape: int, dtype: torch.dtype = to
         return own.to(dtype), bias
     if denominators.kind == "stacked":
         return torch.cat([own, normal(*shape).abs() + 0.5], -1).to(dtype), torch.cat([bias, bias / 4])
-    if denominators.kind == "gamma":
-        plus = torch.cat([own, own.clamp(min=0) + normal(*shape).abs()], -1)
-        return plus.to(dtype), torch.cat([bias, bias.clamp(min=0)])
-    signs = torch.cat([own.clamp(min=0) + 0.1, -normal(*shape).abs() - 0.1], -1)
-    return signs.to(dtype), torch.cat([bias.clamp(min=0), bias.clamp(max=0)])
+    plus = torch.cat([own, own.clamp(min=0) + normal(*shape).abs() + 0.1], -1)
+    return plus.to(dtype), torch.cat([bias, bias.clamp(min=0)])
 
 
 def defined_stack(raw: Tensor, bias: Tensor | None, denominators: Denominators) -> tuple[Tensor, list[Tensor]]:
@@ -106,7 +103,7 @@ def defined_stack(raw: Tensor, bias: Tensor | None, denominators: Denominators) 
     if denominators.kind == "gamma":
         gamma = denominators.gamma
         return first, [first + gamma * second, (1 + gamma) * first - gamma * second]
-    return first + second, [first, second]
+    return first, [second, first - second]
 
 
 def defined_gates(

@@ -123,6 +123,17 @@ def test_three_stacks_are_for_the_gate_pass_alone() -> None:
         merge(Branch(normal(1, 2, 2, 48), True), Branch(x), apart, "ratio", relu=True, is_residual=True)
 
 
+def test_negative_products_are_what_the_output_lacks_of_the_positive_ones() -> None:
+    """Above zero by rounding alone, where they count as zero, and ε has their sign; the output is never summed from parts."""
+    plus = 1e4 + normal(2, 3, 5, 24).abs()
+    own = plus - torch.tensor([2.0, 0.0, -1e-3], device=DEVICE).repeat(8)
+    value, gates = gate(torch.cat([own, plus], -1), None, ALPHA_BETA, relu=True, over_value=False, block=SMALL)
+    assert torch.equal(value, own)
+    lacking = (own - plus).clamp(max=0).double()  # a difference of near numbers is exact
+    epsilon = ALPHA_BETA.epsilon
+    agree(gates, torch.cat([1 / (plus.double() + epsilon), 1 / (lacking - epsilon)], -1), 1e-5)
+
+
 def test_stacks_of_a_grouped_convolution() -> None:
     raw, bias = drawn_stack(ALPHA_BETA, 2, 3, 3, 24)
     own, z = defined_stack(raw, bias, ALPHA_BETA)

@@ -43,8 +43,8 @@ def check_merge(
     if split == "signed":  # away from its pole
         raw, other_raw = raw.abs() + 1, other_raw.abs() + 1
         if denominators.kind == "signs":
-            raw[..., shape[-1] :] /= -8
-            other_raw[..., shape[-1] :] /= -8
+            raw[..., shape[-1] :] += raw[..., : shape[-1]]
+            other_raw[..., shape[-1] :] += other_raw[..., : shape[-1]]
     if not projection:
         other_raw, other_bias = other_raw[..., : shape[-1]].contiguous(), other_bias[: shape[-1]]
     limits = torch.rand(2, shape[0], device=DEVICE) + 0.5

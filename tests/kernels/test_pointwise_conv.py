@@ -59,11 +59,9 @@ def drawn(
     weight, bias = normal(channels, inner), normal(channels)
     if denominators.kind == "stacked":
         weight, bias = torch.cat([weight, weight.clamp(min=0)]), torch.cat([bias, bias.abs()])
-    elif denominators.kind == "gamma":
-        weight, bias = torch.cat([weight, weight.clamp(min=0)]), torch.cat([bias, bias.clamp(min=0)])
-    elif denominators.kind == "signs":
-        weight = torch.cat([weight.clamp(min=0), weight.clamp(max=0)])
-        bias = torch.cat([bias.clamp(min=0), bias.clamp(max=0)])
+    elif denominators.kind in ("gamma", "signs"):
+        negative = 0.25 if denominators.kind == "signs" else 0.0
+        weight, bias = torch.cat([weight, weight.clamp(min=0)]), torch.cat([bias, bias.clamp(min=0) + negative])
     return (weight / inner**0.5).to(dtype), bias
 
 
@@ -81,7 +79,7 @@ def understood(raw: Tensor, denominators: Denominators) -> tuple[Tensor, list[Te
     if denominators.kind == "stacked":
         z = rest
     elif denominators.kind == "signs":
-        own, z = first + rest[0], [first, *rest]
+        z = [*rest, first - rest[0]]
     elif denominators.kind == "gamma":
         gamma = denominators.gamma
         z = [first + gamma * rest[0], (1 + gamma) * first - gamma * rest[0]]

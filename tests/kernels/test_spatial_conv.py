@@ -110,7 +110,7 @@ def own_and_gates(stacks: list[Tensor], denominators: Denominators) -> tuple[Ten
             1 / stabilized((1 + gamma) * own - gamma * stacks[1], denominators) * (own < 0),
         ]
         return own, gates
-    return stacks[0] + stacks[1], [1 / stabilized(stack, denominators) for stack in stacks]
+    return stacks[0], [1 / stabilized(z, denominators) for z in (stacks[1], stacks[0] - stacks[1])]
 
 
 def layer(
@@ -118,18 +118,18 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A non-negative x, stacked weights and a bias that keep every denominator away from its poles.
 
-    One stack: positive. Two: one of any sign before a positive one, or a positive before a negative one.
+    One stack: positive. Two: one of any sign before a positive one, of αβ its positive part.
     """
     inputs, channels, groups, height, width, kernel = shape[:6]
     x = torch.rand(images, height, width, inputs) + 0.1
     fan = kernel[0] * kernel[1] * inputs // groups
     weights = [torch.rand(channels, *kernel, inputs // groups) / fan for _ in range(denominators.stacks)]
     biases = [torch.rand(channels) + 0.2 for _ in range(denominators.stacks)]
-    if denominators.kind in ("stacked", "gamma"):
+    if denominators.stacks == 2:
         weights[0] = torch.randn(channels, *kernel, inputs // groups) / fan**0.5
         biases[0] = torch.randn(channels)
-    elif denominators.kind == "signs":
-        weights[1], biases[1] = -2 * weights[1] * torch.rand_like(weights[1]), -biases[1]
+    if denominators.kind == "signs":
+        weights[1], biases[1] = weights[0].clamp(min=0), biases[0].clamp(min=0) + biases[1]
     return x.to(DEVICE, dtype), torch.cat(weights).to(DEVICE, dtype), torch.cat(biases).to(DEVICE)
 
 
@@ -176,13 +176,16 @@ def check_merged(
     where = geometry(shape)
     stacks = convolution(x, weight, bias, denominators.stacks, where)
     own, gates = own_and_gates(stacks, denominators)
-    raw = [(torch.rand_like(stack) + 0.2) * (-1 if k else 1) for k, stack in enumerate(stacks)]
-    if denominators.kind in ("stacked", "gamma"):
+    raw = [torch.rand_like(stack) + 0.2 for stack in stacks]
+    other_biases = [0.3 * torch.rand(shape[1]) for _ in stacks]
+    if denominators.stacks == 2:
         raw = [torch.randn_like(raw[0]), torch.rand_like(raw[0])]
+    if denominators.kind == "signs":
+        raw[1] += raw[0].clamp(min=0) + 0.2
+        other_biases[1] += other_biases[0]
     raw = raw if linear else raw[:1]
     tensor = torch.cat(raw, -1).to(dtype)
-    other_bias = torch.cat([torch.rand(shape[1]) * (-0.3 if k and denominators.kind == "signs" else 0.3)
-                            for k in range(len(raw))]).to(DEVICE) if linear and biased else None  # fmt: skip
+    other_bias = torch.cat(other_biases).to(DEVICE) if linear and biased else None
     meet = partial(
         merged, x, weight, bias, Branch(tensor, linear, other_bias), denominators, split,
         relu=relu, is_residual=is_residual, **where, **options,

@@ -163,7 +163,7 @@ def has_parts(operation: LinearOperation) -> bool:
 
 
 def rounds_parts(operation: LinearOperation, denominators: Denominators) -> bool:
-    """Whether a library's convolution would round two parts of the layer's own output before their sum cancels."""
+    """Whether a library's convolution would round the two products that a denominator is the difference of."""
     return denominators.kind == "signs" and operation.dtype == torch.bfloat16
 
 

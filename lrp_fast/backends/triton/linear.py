@@ -193,13 +193,13 @@ def packed_weights(operation: LinearOperation, denominators: Denominators) -> We
 def _pack(operation: LinearOperation, denominators: Denominators) -> Weights:
     layer, stacks = operation.layer, operation.stacks["x"]
     assert isinstance(layer, Convolution)
-    # The kernels sum W⁺ and W⁻ in float32, where the torch backend evaluates W beside them.
-    skipped = operation.weight_shape[0] if denominators.kind == "signs" else 0
+    # αβ's are W, W⁺ and W⁻, of which the kernels leave out the last: in float32 it is what the others differ by.
+    kept = denominators.stacks * operation.weight_shape[0]
     bias = None
     if any(found is not None for _, _, found in stacks):
         biases = [w.new_zeros(w.shape[0]) if found is None else found for _, w, found in stacks]
-        bias = torch.cat(biases)[skipped:]
-    weight = torch.cat([weight for _, weight, _ in stacks])[skipped:]
+        bias = torch.cat(biases)[:kept]
+    weight = torch.cat([weight for _, weight, _ in stacks])[:kept]
     library = weight
     if layer.groups > 1 and denominators.stacks > 1:
         # One convolution serves both stacks if the outputs of a group lie side by side.
