@@ -302,10 +302,9 @@ def tile_at(C, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
 @triton.jit
 def pixel_of(row, height, width):
     """Image, y and x of the int32 ``row = (image · height + y) · width + x``, in two divisions."""
-    image = row // (height * width)
-    pixel = row - image * (height * width)
-    y = pixel // width
-    return image, y, pixel - y * width
+    line = row // width
+    image = line // height
+    return image, line - image * height, row - line * width
 
 
 @triton.jit

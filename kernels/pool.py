@@ -201,7 +201,10 @@ def window_back(
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
 ):  # fmt: skip
-    """One of the outputs whose window could hold padded inputs y, x: its place, the input's index, and if it does."""
+    """One of the outputs whose window could hold padded inputs y, x: its place, the input's index, and if it does.
+
+    Last how far it lies behind the nearest of them, which is at y // STRIDE_Y, x // STRIDE_X: the same for all inputs.
+    """
     SPAN_X: tl.constexpr = (KERNEL_X - 1) * DILATION_X // STRIDE_X + 1
     back_y = back // SPAN_X
     back_x = back % SPAN_X
@@ -213,25 +216,23 @@ def window_back(
     key_x = offset_x // DILATION_X
     holds = (key_y < KERNEL_Y) & (key_x < KERNEL_X) & (offset_y % DILATION_Y == 0) & (offset_x % DILATION_X == 0)
     holds &= (out_y >= 0) & (out_y < out_height) & (out_x >= 0) & (out_x < out_width)
-    return out_y, out_x, key_y * KERNEL_X + key_x, holds
+    return out_y, out_x, key_y * KERNEL_X + key_x, holds, back_y * out_width + back_x
 
 
 @triton.jit
 def won_from(
-    acc, relevance_ptr, winner_ptr, image, image_count, y, x, back, columns, inside, out_height, out_width, C,
+    acc, relevance, winners, y, x, back, inside, out_height, out_width, C,
     KERNEL_Y: tl.constexpr, KERNEL_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
 ):  # fmt: skip
-    """Add the relevance of one output where its winner is this input."""
-    out_y, out_x, key, holds = window_back(
+    """Add the relevance of one output where its winner is this input; ``relevance``, ``winners``: of the nearest [BM, BN]."""
+    _, _, key, holds, behind = window_back(
         y, x, back, out_height, out_width, KERNEL_Y, KERNEL_X, STRIDE_Y, STRIDE_X, DILATION_Y, DILATION_X
     )
-    of_relevance = ((image * out_height + out_y) * out_width + out_x).to(tl.int64)
-    of_winner = ((image % image_count * out_height + out_y) * out_width + out_x).to(tl.int64)
     there = inside & holds
-    winner = tl.load(winner_ptr + of_winner * C + columns, mask=there, other=255).to(tl.int32)
-    share = tl.load(relevance_ptr + of_relevance * C + columns, mask=there, other=0.0).to(tl.float32)
-    return acc + tl.where(winner == key, share, 0.0)
+    winner = tl.load(winners - behind * C, mask=there, other=255).to(tl.int32)
+    share = tl.load(relevance - behind * C, mask=there, other=0.0).to(tl.float32)
+    return tl.where(winner == key, acc + share, acc)
 
 
 @triton.jit
@@ -250,10 +251,13 @@ def _winner_backward_kernel(
     C = divisible(C, EIGHTH)
     rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (rows < row_count) & (columns < C)
-    row = rows.to(tl.int32)  # not pixel_of, which takes 7 registers of 48 more here
-    x = row % width + PADDING_X  # [BM, 1]
-    y = row // width % height + PADDING_Y
-    image = row // (width * height)
+    image, y, x = pixel_of(rows.to(tl.int32), height, width)  # [BM, 1]
+    y += PADDING_Y
+    x += PADDING_X
+    nearest = y // STRIDE_Y * out_width + x // STRIDE_X
+    plane = out_height * out_width
+    relevance = relevance_ptr + (image * plane + nearest).to(tl.int64) * C + columns  # [BM, BN]
+    winners = winner_ptr + (image % image_count * plane + nearest).to(tl.int64) * C + columns
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     OUTPUTS: tl.constexpr = ((KERNEL_Y - 1) * DILATION_Y // STRIDE_Y + 1) * (
         (KERNEL_X - 1) * DILATION_X // STRIDE_X + 1
@@ -261,13 +265,13 @@ def _winner_backward_kernel(
     if OUTPUTS <= UNROLL:
         for back in tl.static_range(OUTPUTS):
             acc = won_from(
-                acc, relevance_ptr, winner_ptr, image, image_count, y, x, back, columns, inside, out_height, out_width, C,
+                acc, relevance, winners, y, x, back, inside, out_height, out_width, C,
                 KERNEL_Y, KERNEL_X, STRIDE_Y, STRIDE_X, DILATION_Y, DILATION_X,
             )  # fmt: skip
     else:
         for back in range(OUTPUTS):
             acc = won_from(
-                acc, relevance_ptr, winner_ptr, image, image_count, y, x, back, columns, inside, out_height, out_width, C,
+                acc, relevance, winners, y, x, back, inside, out_height, out_width, C,
                 KERNEL_Y, KERNEL_X, STRIDE_Y, STRIDE_X, DILATION_Y, DILATION_X,
             )  # fmt: skip
     settle(
@@ -330,7 +334,7 @@ def spread_from(
     PADDING_Y: tl.constexpr, PADDING_X: tl.constexpr, DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr,
 ):  # fmt: skip
     """Add the share that one output gives to each of its inputs."""
-    out_y, out_x, _, holds = window_back(
+    out_y, out_x, _, holds, _ = window_back(
         y, x, back, out_height, out_width, KERNEL_Y, KERNEL_X, STRIDE_Y, STRIDE_X, DILATION_Y, DILATION_X
     )
     total = tl.load(sum_ptr + (image * out_height + out_y) * out_width + out_x, mask=inside & holds, other=0.0)

@@ -345,20 +345,19 @@ def _backward_kernel(
     phase_width = tl.cdiv(width - phase_x, STRIDE_X)
     pixel = rest // (STRIDE_Y * STRIDE_X) * ROWS + tl.arange(0, ROWS)[:, None]
     row_inside = pixel < image_count * phase_height * phase_width
-    # A stride of at most the size leaves every phase a pixel; the maximum is for a phase without any.
-    # Not pixel_of, with which Triton 3.6 spills in float32 on sm_90.
-    image = (pixel // tl.maximum(phase_height * phase_width, 1)).to(tl.int64)
-    y = pixel // tl.maximum(phase_width, 1) % tl.maximum(phase_height, 1) * STRIDE_Y + phase_y
-    x = pixel % tl.maximum(phase_width, 1) * STRIDE_X + phase_x
+    # As pixel_of; the maximum is for a phase without any pixel, as a stride above the size leaves.
+    lines = pixel // tl.maximum(phase_width, 1)
+    image = lines // tl.maximum(phase_height, 1)
+    line, place = lines - image * phase_height, pixel - lines * phase_width
     # Of these taps the next reads s PERIOD · DILATION / STRIDE rows above: a convolution of stride 1 in each phase.
     tap_y = first_tap(phase_y + PADDING_Y, TAPS_Y, STRIDE_Y, DILATION_Y)
     tap_x = first_tap(phase_x + PADDING_X, TAPS_X, STRIDE_X, DILATION_X)
     taps_x = tl.cdiv(TAPS_X - tap_x, PERIOD_X)
     taps = tl.cdiv(TAPS_Y - tap_y, PERIOD_Y) * taps_x
-    bottom = (y + PADDING_Y - tap_y * DILATION_Y) // STRIDE_Y
-    right = (x + PADDING_X - tap_x * DILATION_X) // STRIDE_X
+    bottom = line + (phase_y + PADDING_Y - tap_y * DILATION_Y) // STRIDE_Y
+    right = place + (phase_x + PADDING_X - tap_x * DILATION_X) // STRIDE_X
     inner = tl.arange(0, INNER)
-    s_rows = s_ptr + ((image * out_height + bottom) * out_width + right) * channels + group * K  # [BM, 1]
+    s_rows = s_ptr + ((image * out_height + bottom) * out_width + right).to(tl.int64) * channels + group * K  # [BM, 1]
     weight_columns = weight_ptr + tl.minimum(columns, C - 1) * (TAPS_Y * TAPS_X * segments * K)  # [1, BN]
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(taps * segments * tl.cdiv(K, INNER)):
@@ -382,8 +381,9 @@ def _backward_kernel(
         else:
             weights = tl.load(pointers, mask=(k < K)[:, None], other=0.0)
         acc = tl.dot(message, weights, acc, input_precision=PRECISION)
+    row = (image * height + line * STRIDE_Y + phase_y) * width + place * STRIDE_X + phase_x
     settle(
-        acc, 1.0, (image * height + y) * width + x, columns, row_inside & (column < columns_of_group), C,
+        acc, 1.0, row.to(tl.int64), columns, row_inside & (column < columns_of_group), C,
         value_ptr, previous_ptr, dense_ptr, even_ptr, gate_a_ptr, gate_b_ptr, out_a_ptr, out_b_ptr, dead_a_ptr, dead_b_ptr,
         scale_a, scale_b, gate_rows, height, width,
         HAS_VALUE, HAS_PREVIOUS, PREVIOUS_STRIDE, HAS_DENSE, HAS_EVEN,
@@ -445,13 +445,11 @@ def _stem_heatmap_kernel(
     blocks_x = tl.cdiv(width, WIDE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    image = (row // (blocks_y * blocks_x)).to(tl.int64)  # with pixel_of, eight warps spill on sm_100
-    block_y = row // blocks_x % blocks_y
-    block_x = row % blocks_x
+    image, block_y, block_x = pixel_of(row, blocks_y, blocks_x)
     top = block_y * (TALL // STRIDE_Y) + FIRST_Y
     left = block_x * (WIDE // STRIDE_X) + FIRST_X
     inner = tl.arange(0, INNER)
-    s_rows = s_ptr + ((image * out_height + top) * out_width + left) * K  # [BM, 1]
+    s_rows = s_ptr + ((image * out_height + top) * out_width + left).to(tl.int64) * K  # [BM, 1]
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(READ_Y * READ_X * tl.cdiv(K, INNER)):
         down = step % (READ_Y * READ_X) // READ_X
@@ -471,11 +469,11 @@ def _stem_heatmap_kernel(
     y = block_y * TALL + column // WIDE
     x = block_x * WIDE + column % WIDE
     inside = (row < row_count) & (column < TALL * WIDE) & (y < height) & (x < width)
-    tl.store(out_ptr + (image * height + y) * width + x, acc, mask=inside)
+    tl.store(out_ptr + (image.to(tl.int64) * height + y) * width + x, acc, mask=inside)
 
 
 STEM_TABLE: dict[str, list[tuple[int, int, int, int, int]]] = {
-    "half": [(128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 16, 64, 4, 4), (128, 64, 64, 8, 3)],
+    "half": [(128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 16, 64, 4, 4), (64, 64, 64, 8, 3)],
     "tf32": [(128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (128, 16, 32, 4, 4)],
     "ieee": [(64, 16, 32, 4, 3), (128, 16, 32, 4, 2), (64, 64, 16, 8, 3)],
 }

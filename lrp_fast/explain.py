@@ -50,6 +50,7 @@ class Attribution:
     """What :meth:`LRP.explain` returns; ordinary tensors on the model's device.
 
     N images, or N×K maps where K targets were asked for of each image (everything but ``output`` then has N×K in front).
+    Of an image whose values overflow, the map and the leak hold NaN, those of the others do not.
 
     - ``relevance``: N×C×H×W float32 (float64 where computed in float64), or None if it was not asked for
     - ``heatmap``: N×H×W, the relevance summed over channels

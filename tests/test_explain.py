@@ -347,6 +347,22 @@ def test_weights_that_are_not_finite_are_named(images: Tensor, backend: str) -> 
         assert not bool(explainer.explain(images).output.isfinite().any())
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_an_image_that_overflows_has_no_map_and_the_others_have_theirs(images: Tensor, backend: str) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model, backend=backend)
+    expected = explainer.explain(images)
+    largest = torch.finfo(torch.float64 if backend == "reference" else torch.float32).max
+    bright = images.to(torch.float64 if backend == "reference" else torch.float32).clone()
+    bright[1] = largest * bright[1].sign()
+    got = explainer.explain(bright)
+    others = torch.arange(len(images)) != 1
+    assert torch.equal(got.heatmap[others], expected.heatmap[others])
+    assert torch.equal(got.leak[others], expected.leak[others])
+    assert bool(got.heatmap[1].isnan().any())
+    assert bool(got.leak[1].isnan())
+
+
 def test_weights_on_several_devices_are_refused_at_every_call(images: Tensor) -> None:
     model = calibrated(CifarResNet(1), 3, (8, 3, SIDE, SIDE))
     explainer = LRP(model)
