@@ -129,7 +129,7 @@ class Maker:
         return torch.cat([own, own.clamp(min=0) + self.positive(*shape)], -1)
 
     def bias(self, denominators: Denominators, channels: int) -> Tensor:
-        """Of such an output, (S · C)."""
+        """A bias (S · C) for :meth:`stacked`, with which its denominators have no pole either."""
         bias = self.positive(denominators.stacks * channels)
         if denominators.kind == "apart":
             bias[-channels:] *= -0.5
@@ -321,7 +321,7 @@ def build_image_maximum(
 ) -> Prepared:
     """gate.image_maximum, for a zero-guard."""
     make = Maker(device, dtype)
-    stacked, bias = make.stacked(GUARD, batch, size, size, channels), make.positive(2 * channels)
+    stacked, bias = make.stacked(GUARD, batch, size, size, channels), make.bias(GUARD, channels)
 
     def eager() -> list[Tensor]:
         _, (z,) = understood(stacked, bias, GUARD)

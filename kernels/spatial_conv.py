@@ -345,7 +345,8 @@ def _backward_kernel(
     phase_width = tl.cdiv(width - phase_x, STRIDE_X)
     pixel = rest // (STRIDE_Y * STRIDE_X) * ROWS + tl.arange(0, ROWS)[:, None]
     row_inside = pixel < image_count * phase_height * phase_width
-    # As pixel_of; the maximum is for a phase without any pixel, as a stride above the size leaves.
+    # A stride above the size leaves a phase without any pixel: the maximum is for its divisions alone. Given to pixel_of it is
+    # in the products too, and Triton 3.6 spills in float32 on sm_90.
     lines = pixel // tl.maximum(phase_width, 1)
     image = lines // tl.maximum(phase_height, 1)
     line, place = lines - image * phase_height, pixel - lines * phase_width

@@ -345,7 +345,7 @@ class LRP:
             self._trace()
             self._checked = False
             if self.plan != plan:
-                self._forget()
+                self._state = None
         state = self._watch.state()
         if state != self._state:
             self._forget()

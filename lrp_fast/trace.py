@@ -135,7 +135,7 @@ def trace(model: nn.Module) -> Plan:
     if hooks:
         warnings.warn(
             f"forward hooks at {', '.join(hooks[:5])} are not run and not part of the explanation",
-            stacklevel=5,  # where LRP was called
+            stacklevel=5,  # where LRP or explain was called
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TraceError(f"{type(model).__name__} runs copies of a model; give the model itself, its .module")
@@ -171,16 +171,14 @@ def restored(model: nn.Module) -> Iterator[None]:
                 table.update(kept)
 
 
-def check_eval(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules of a model; raises :class:`TraceError` if any of them is in training mode."""
-    modules = tuple(model.modules())
-    if any(module.training for module in modules):
-        training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+def check_eval(model: nn.Module) -> None:
+    """Raise :class:`TraceError` if any module of a model is in training mode."""
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
         raise TraceError(
             f"the model is in training mode ({', '.join(training[:5])}{', ...' if len(training) > 5 else ''}): "
             "call model.eval() first"
         )
-    return modules
 
 
 def _check_questions(model: nn.Module) -> None:

@@ -63,7 +63,7 @@ def parameter_table(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 def hooked(model: nn.Module) -> list[str]:
     """Which modules have forward hooks."""
-    return [name or "the model" for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    return [name or "the model" for name, module in model.named_modules() if _is_hooked(vars(module))]
 
 
 class _Module(NamedTuple):

@@ -352,9 +352,8 @@ def test_an_image_that_overflows_has_no_map_and_the_others_have_theirs(images: T
     model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
     explainer = LRP(model, backend=backend)
     expected = explainer.explain(images)
-    largest = torch.finfo(torch.float64 if backend == "reference" else torch.float32).max
-    bright = images.to(torch.float64 if backend == "reference" else torch.float32).clone()
-    bright[1] = largest * bright[1].sign()
+    bright = images.to(torch.float64 if backend == "reference" else torch.float32, copy=True)
+    bright[1] = torch.finfo(bright.dtype).max * bright[1].sign()
     got = explainer.explain(bright)
     others = torch.arange(len(images)) != 1
     assert torch.equal(got.heatmap[others], expected.heatmap[others])
@@ -746,9 +745,7 @@ class TestErrors:
             LRP(model, dtype=torch.float16)
         with pytest.raises(ValueError, match=r"the reference computes in float64, got dtype=torch\.bfloat16"):
             LRP(model, backend="reference", dtype=torch.bfloat16)
-        with pytest.raises(
-            ValueError, match="compile=True is for the torch and triton backends, got backend 'reference'"
-        ):
+        with pytest.raises(ValueError, match="compile=True is for the torch and triton backends, got backend 'reference'"):
             LRP(model, backend="reference", compile=True)
 
     @pytest.mark.parametrize(
