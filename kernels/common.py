@@ -291,11 +291,11 @@ def interpreted() -> bool:
 
 
 @triton.jit
-def tile_at(C, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def tile_at(program, C, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """The tile of an element-wise pass's program: rows [BM, 1] int64 and columns [1, BN], row by row of tiles."""
     across = tl.cdiv(C, BLOCK_COLUMNS)
-    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = tl.program_id(0) % across * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    rows = (program // across).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = program % across * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     return rows[:, None], columns[None, :]
 
 
@@ -327,6 +327,12 @@ def quotient(numerator, denominator):
 
 
 @triton.jit
+def rectified(x):
+    """ReLU; of NaN it is NaN, as torch's: an image that overflows must not come out as if it was in order."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def first_denominator(first, second, gamma, KIND: tl.constexpr):
     if KIND == "own" or KIND == "apart":  # which has come with its two denominators alone
         return first
@@ -341,7 +347,8 @@ def second_denominator(first, second, gamma, KIND: tl.constexpr):
     if KIND == "gamma":
         return first + gamma * (first - second)
     elif KIND == "signs":
-        return tl.minimum(first - second, -SMALLEST)  # what is not below zero is so by rounding, and ε has its sign
+        # What is not below zero is so by rounding, and ε has its sign.
+        return tl.minimum(first - second, -SMALLEST, propagate_nan=tl.PropagateNan.ALL)
     else:
         return second
 
@@ -372,8 +379,8 @@ def store_gates(
     if KIND == "signs" or KIND == "gamma" or KIND == "apart":
         other = gate_of(second_denominator(first, second, gamma, KIND), numerator, epsilon, limit, STABILIZER)
         if KIND == "gamma":
-            gate = tl.where(first > 0, gate, 0.0)
-            other = tl.where(first < 0, other, 0.0)
+            gate = tl.where(first <= 0, 0.0, gate)
+            other = tl.where(first >= 0, 0.0, other)
         tl.store(gate_ptr + rows * (2 * C) + columns, gate, mask=inside)
         tl.store(gate_ptr + rows * (2 * C) + C + columns, other, mask=inside)
     else:
@@ -428,7 +435,7 @@ def store_merge(
     ``HAS_OTHER_END``).
     """
     merged = first + other_first
-    tl.store(merged_ptr + rows * C + columns, tl.maximum(merged, 0.0) if RELU else merged, mask=inside)
+    tl.store(merged_ptr + rows * C + columns, rectified(merged) if RELU else merged, mask=inside)
     if IS_RESIDUAL:
         weight, other_weight = split_weights(first, other_first, merged, SPLIT)
     else:
@@ -461,11 +468,11 @@ def store_end(
                 tl.float32
             )
             if PART == "guarded":
-                store_eighths(dead_ptr, relevance * tl.maximum(-gate, 0.0), rows, columns, inside, C)
+                store_eighths(dead_ptr, relevance * rectified(-gate), rows, columns, inside, C)
             if PART == "alive" or PART == "guarded":
-                gate = tl.maximum(gate, 0.0)
+                gate = rectified(gate)
             elif PART == "dead":
-                gate = tl.maximum(-gate, 0.0)
+                gate = rectified(-gate)
             tl.store(out_ptr + rows * (GROUPS * C) + group * C + columns, relevance * gate, mask=inside)
     else:
         tl.store(out_ptr + rows * C + columns, relevance * scale, mask=inside)

@@ -22,6 +22,7 @@ from .common import (
     cdiv,
     check_one_denominator,
     divisible,
+    rectified,
     store_gates,
     tile,
     tile_at,
@@ -55,7 +56,7 @@ def _gate_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
-    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows, columns = tile_at(tl.program_id(0), C, BLOCK_ROWS, BLOCK_COLUMNS)
     column_inside = columns < C
     inside = (rows < row_count) & column_inside
     first = load_one(stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, 0, STACKS, HAS_BIAS, GROUP_WIDTH)
@@ -64,7 +65,7 @@ def _gate_kernel(
         second = load_one(
             stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, 1, STACKS, HAS_BIAS, GROUP_WIDTH
         )
-    value = tl.maximum(first, 0.0) if RELU else first
+    value = rectified(first) if RELU else first
     tl.store(value_ptr + rows * C + columns, value, mask=inside)
     limit = 0.0
     if STABILIZER == "guard":
@@ -88,20 +89,22 @@ def _gate_kernel(
 
 @triton.jit
 def _maximum_kernel(
-    stacked_ptr, bias_ptr, maximum_ptr, rows_per_image, C, factor,
+    stacked_ptr, bias_ptr, maximum_ptr, rows_per_image, C, programs, factor,
     STACKS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP_WIDTH: tl.constexpr,
     EIGHTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
-    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)  # rows of image program_id(1)
+    # One dimension of programs: a GPU's second has 65,535 at most, and a batch of small images may have more.
+    image, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    rows, columns = tile_at(program, C, BLOCK_ROWS, BLOCK_COLUMNS)  # rows of that image
     column_inside = columns < C
     inside = (rows < rows_per_image) & column_inside
-    rows += tl.program_id(1).to(tl.int64) * rows_per_image
+    rows += image.to(tl.int64) * rows_per_image
     z = load_one(
         stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS - 1, STACKS, HAS_BIAS, GROUP_WIDTH
     )
     z = tl.where(inside, z, float("-inf"))
-    tl.store(maximum_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), factor * tl.max(z))
+    tl.store(maximum_ptr + tl.program_id(0), factor * tl.max(z))
 
 
 def gate(
@@ -149,8 +152,8 @@ def image_maximum(
     block = block or tile(channels, 4096)
     programs = cdiv(rows, block[0]) * cdiv(channels, block[1])
     maximum = stacked.new_empty(images, programs, dtype=torch.float32)
-    _maximum_kernel[programs, images](
-        stacked, stacked if bias is None else bias, maximum, rows, channels, factor,
+    _maximum_kernel[(images * programs,)](
+        stacked, stacked if bias is None else bias, maximum, rows, channels, programs, factor,
         STACKS=denominators.stacks, HAS_BIAS=bias is not None,
         GROUP_WIDTH=group_width, EIGHTH=channels % 8 == 0, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1],
         num_warps=num_warps, **OPTIONS,

@@ -41,7 +41,7 @@ def _merge_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
-    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows, columns = tile_at(tl.program_id(0), C, BLOCK_ROWS, BLOCK_COLUMNS)
     column_inside = columns < C
     inside = (rows < row_count) & column_inside
     first, second = load_stack(stacked_ptr, bias_ptr, rows, columns, inside, column_inside, C, STACKS, HAS_BIAS)
@@ -74,7 +74,7 @@ def _arrive_kernel(
     HAS_ACC: tl.constexpr, EIGHTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
-    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows, columns = tile_at(tl.program_id(0), C, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (rows < row_count) & (columns < C)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     if HAS_ACC:

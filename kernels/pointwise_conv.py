@@ -46,6 +46,7 @@ from .common import (
     merge_outputs,
     next_power_of_2,
     pixel_of,
+    rectified,
     settle,
     store_gates,
     store_merge,
@@ -282,7 +283,7 @@ def _gated_kernel(
             part_of(whole_first, part, PARTS, ROWS, COLUMNS), part_of(whole_second, part, PARTS, ROWS, COLUMNS),
             bias_ptr, columns, C, STACKS, HAS_BIAS,
         )  # fmt: skip
-        value = tl.maximum(first, 0.0) if RELU else first
+        value = rectified(first) if RELU else first
         tl.store(value_ptr + rows * C + columns, value, mask=inside)
         numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
         store_gates(

@@ -47,8 +47,8 @@ def input_at(x_ptr, image, y, x, columns, inside, height, width, C):
 
 @triton.jit
 def greater(maxima, winner, value, key):
-    """The greater of maxima and value, and which it was: the earlier if they are equal."""
-    return tl.maximum(maxima, value), tl.where(value > maxima, key, winner)
+    """The greater of maxima and value, NaN if one is, and which it was: the earlier if they are equal."""
+    return tl.maximum(maxima, value, propagate_nan=tl.PropagateNan.ALL), tl.where(value > maxima, key, winner)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _max_pool_kernel(
     EIGHTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
-    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows, columns = tile_at(tl.program_id(0), C, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (rows < row_count) & (columns < C)
     image, top, left = pixel_of(rows.to(tl.int32), out_height, out_width)  # [BM, 1]
     top *= STRIDE_Y
@@ -249,7 +249,7 @@ def _winner_backward_kernel(
     UNROLL: tl.constexpr, EIGHTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
-    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows, columns = tile_at(tl.program_id(0), C, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (rows < row_count) & (columns < C)
     image, y, x = pixel_of(rows.to(tl.int32), height, width)  # [BM, 1]
     y += PADDING_Y
@@ -296,7 +296,7 @@ def _block_backward_kernel(
     EIGHTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     C = divisible(C, EIGHTH)
-    rows, columns = tile_at(C, BLOCK_ROWS, BLOCK_COLUMNS)
+    rows, columns = tile_at(tl.program_id(0), C, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (rows < row_count) & (columns < C)
     image, y, x = pixel_of(rows.to(tl.int32), height, width)  # [BM, 1]
     out_y = y // STRIDE_Y

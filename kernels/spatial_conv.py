@@ -41,6 +41,7 @@ from .common import (
     merge_outputs,
     next_power_of_2,
     pixel_of,
+    rectified,
     settle,
     store_gates,
     store_merge,
@@ -167,7 +168,7 @@ def _gated_kernel(
         TAPS_Y, TAPS_X, STRIDE_Y, STRIDE_X, PADDING_Y, PADDING_X, DILATION_Y, DILATION_X,
         STACKS, HAS_BIAS, EVEN_K, PRECISION, ROWS, COLUMNS, INNER,
     )  # fmt: skip
-    value = tl.maximum(first, 0.0) if RELU else first
+    value = rectified(first) if RELU else first
     tl.store(value_ptr + rows * C + columns, value, mask=inside)
     numerator = value if OVER_VALUE else tl.full(value.shape, 1.0, tl.float32)
     store_gates(gate_ptr, first, second, numerator, rows, columns, inside, C, epsilon, 0.0, gamma, KIND, STABILIZER)
@@ -403,17 +404,27 @@ def pack_backward(weight: Tensor, *, groups: int = 1, gates: int = 1) -> Tensor:
     return split.permute(1, 5, 3, 4, 0, 2).flatten(0, 1).contiguous()
 
 
+def settles(arrival: Arrival, groups: int, columns: int) -> bool:
+    """Whether :func:`backward` can settle an arrival: two groups must not share the eight columns that a sum is of."""
+    return groups == 1 or columns // groups % 8 == 0 or all(end.part != "guarded" for end in arrival.ends)
+
+
 def backward(
     s: Tensor, weight: Tensor, arrival: Arrival, *, height: int, width: int, stride: Pair, padding: Pair,
     dilation: Pair = (1, 1), groups: int = 1, precision: Precision = "ieee", blocks: Blocks | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What leaves at each end of ``arrival``, (M · N, height, width, groups · Cin), from s (M · N, Ho, Wo, G · C).
 
-    ``weight`` (Cin, kh, kw, segments, K) from :func:`pack_backward`. Everything contiguous. ValueError for narrow groups.
+    ``weight`` (Cin, kh, kw, segments, K) from :func:`pack_backward`. Everything contiguous. ValueError for narrow groups, and
+    where :func:`settles` says no.
     """
     maps, out_height, out_width, channels = s.shape
     columns, *kernel, segments, inner = weight.shape
     _check_groups(groups, columns // groups, inner)
+    if not settles(arrival, groups, columns):
+        raise ValueError(
+            f"got groups of {columns // groups} channels and expected multiples of 8: a guarded end sums every eight of them"
+        )
     if blocks is None:
         blocks = candidates(columns // groups, inner, len(arrival.ends), s.dtype, precision)[0]
     phases = stride[0] * stride[1]

@@ -41,6 +41,9 @@ WHOLE = Part(1.0, 1.0)
 POSITIVE = Part(1.0, 0.0)
 NEGATIVE = Part(0.0, 1.0)
 
+SMALLEST_EPSILON = 2.0**-126
+"""Float32's smallest normal number: smaller ones count as zero on a GPU, and a stabilizer must not."""
+
 WeightPart = Part | Literal["square", "ones"]
 
 
@@ -52,8 +55,10 @@ class Stabilizer:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise ValueError(f"a stabilizer needs a finite epsilon above zero, got {self.epsilon!r}")
+        if not SMALLEST_EPSILON <= self.epsilon < math.inf:
+            raise ValueError(
+                f"a stabilizer needs a finite epsilon above zero, {SMALLEST_EPSILON:.1e} at least, got {self.epsilon!r}"
+            )
 
     def __call__(self, z: Tensor) -> Tensor:
         """``stab(z)``, in z's dtype."""

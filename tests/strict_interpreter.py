@@ -9,6 +9,7 @@ process, so that in every launch
   on a GPU they run in any order;
 - a masked load without ``other`` gives NaN (whole numbers: the largest) where the mask is off;
 - a product has at least 16 elements a side;
+- a grid's second and third dimension have at most 65,535 programs;
 - no whole number of less than 64 bits overflows (Triton's own check of that takes a third of the interpreter's time);
 - bfloat16 is rounded to nearest and computed in float32, and TF32 products drop the digits a tensor core drops.
 
@@ -33,6 +34,8 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 
 NOBODY, MANY = -1, -2
 OVERFLOWING = (np.add, np.subtract, np.multiply)
+MOST_PROGRAMS = 65_535
+"""Of a grid's second and third dimension."""
 LARGEST_TRACKED = 1 << 26
 """Elements: of larger tensors, which a test makes to reach far addresses, only the bounds are checked."""
 
@@ -179,6 +182,8 @@ def _run(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
     named = dict(zip(self.arg_names, args, strict=False)) | kwargs
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
     _launch = Launch(self.fn.__name__, tensors, (*self.grid, 1, 1)[:3])
+    if max(_launch.grid[1:]) > MOST_PROGRAMS:
+        raise _launch.fault(f"its grid {_launch.grid} has more than {MOST_PROGRAMS:,} programs behind the first dimension")
     if _chosen:
         _launches.append(_launch)
     self.grid = tuple(map(len, _launch.axes))

@@ -24,6 +24,7 @@ from test_common import (
 )
 from torch import Tensor
 
+import strict_interpreter
 from lrp_fast.kernels import pointwise_conv
 from lrp_fast.kernels.common import Branch, Denominators
 from lrp_fast.kernels.gate import gate, image_maximum
@@ -168,12 +169,30 @@ def test_the_largest_denominator_without_bias_and_of_grouped_stacks() -> None:
     assert torch.equal(image_maximum(raw, None, GUARDED), raw[..., 24:].flatten(1).amax(1))
 
 
+def test_the_largest_denominator_of_more_images_than_a_grid_is_deep() -> None:
+    raw = torch.rand(65_600, 1, 2, 8, device=DEVICE)
+    with strict_interpreter.only(0, -1):
+        got = image_maximum(raw, None, OWN)
+    assert torch.equal(got[[0, -1]], raw[[0, -1]].flatten(1).amax(1))
+
+
 def test_a_denominator_too_small_for_a_reciprocal_is_dead() -> None:
     """Where even an image's largest is no normal number, its limit is zero: 1 / z would not be finite."""
     raw = torch.tensor([[0.0, 2.0**-130], [0.0, 2.0**-125]], device=DEVICE).view(2, 1, 1, 2)
     limit = torch.zeros(2, device=DEVICE)
     _, gates = gate(raw, None, GUARDED, relu=True, over_value=False, limit=limit)
     assert gates.flatten().tolist() == [-1.0, 2.0**125]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nan_stays_nan_behind_a_relu(rule: str) -> None:
+    """An image that overflows does not come out as if it was in order."""
+    denominators = RULES[rule]
+    raw = normal(2, 3, 5, denominators.stacks * 24)
+    raw[1, 2, 3, 7 :: 24] = torch.nan
+    value, gates = gate(raw, None, denominators, relu=True, over_value=False, limit=torch.zeros(2, device=DEVICE))
+    for got in (value, *gates.chunk(denominators.groups, -1)):
+        assert got.isnan().nonzero().tolist() == [[1, 2, 3, 7]]
 
 
 def test_quotients_of_any_size() -> None:

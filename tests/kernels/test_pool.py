@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -111,6 +111,15 @@ def test_maxima_and_the_gates_of_block_averages(name: str, dtype: torch.dtype) -
     assert maxima.dtype == gate.dtype == dtype
     assert torch.equal(maxima.double(), defined_maxima(x, pool)[0])
     agree(gate, 1 / (defined_average(x, pool) + 1e-5), BOUND[dtype])
+
+
+@pytest.mark.parametrize("pool", [max_pool_average, winner_pool])
+def test_the_maximum_of_nan_is_nan(pool: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    x = normal(2, *RESNET.size, 24)
+    x[1, 2, 3, 4] = torch.nan
+    maxima, _ = pool(x, **RESNET.window, out_size=RESNET.out_size)
+    wanted = F.max_pool2d(x.movedim(-1, 1), **RESNET.torch_window).movedim(1, -1)
+    torch.testing.assert_close(maxima, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_signed_stabilizer_follows_the_sign_of_the_average() -> None:

@@ -309,6 +309,13 @@ def test_backward_through_a_zero_guard(name: str) -> None:
     assert close(dead, torch.stack([part.sum(-1) for part in lost.split(8, -1)], -1))
 
 
+def test_groups_that_share_a_guarded_sum_are_refused() -> None:
+    s, weight = torch.randn(1, 3, 3, 40), pack_backward(torch.randn(40, 1, 1, 20), groups=2)
+    arrival = Arrival((End(torch.randn(1, 3, 3, 40), part="guarded"),))
+    with pytest.raises(ValueError, match=r"groups of 20 channels .* multiples of 8"):
+        backward(s, weight, arrival, height=3, width=3, stride=(1, 1), padding=(0, 0), groups=2)
+
+
 @pytest.mark.parametrize(("previous_stride", "part"), [(1, "whole"), (2, "alive"), (2, "dead")])
 @pytest.mark.parametrize("name", ["1x3 stride 2", "stride 3 leaves rows"])
 def test_backward_arrives_beside_everything_else(name: str, previous_stride: int, part: str) -> None:

@@ -16,7 +16,7 @@ from lrp_fast.backends.triton.choice import Choice
 from lrp_fast.backends.triton.launch import configuration, launch
 from lrp_fast.backends.triton.passes import TritonPasses, all_gates, arrive, gate_ends
 from lrp_fast.kernels.common import Arrival, Denominators, End, pack, unpack
-from lrp_fast.kernels.spatial_conv import pack_backward
+from lrp_fast.kernels.spatial_conv import pack_backward, settles
 from lrp_fast.layers import Convolution, Shape
 from lrp_fast.rules import FIXED_PARTS, InputPart, Stabilizer
 
@@ -313,7 +313,9 @@ class FusedLinear(TritonPasses):
         if self.pointwise and self.back.way == "fused" and self.layer.stride[0] > 1:
             return None
         s, arrival = leaving[0], self._with_even(leaving, arrival)
-        return arrive(pack(self._library(s)), arrival) if self.back.way == "library" else self._launch(s, arrival)
+        if self.back.way == "library" or not settles(arrival, self.layer.groups, self.x_shape[0]):
+            return arrive(pack(self._library(s)), arrival)
+        return self._launch(s, arrival)
 
     def send_added(
         self, leaving: Sequence[Any], product: tuple[Tensor, Tensor], arrival: Arrival

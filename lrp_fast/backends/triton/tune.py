@@ -166,7 +166,8 @@ def _of_backward(layer: FusedLinear, batch: int, arrival_of: Callable[[], Arriva
         rows, capability = batch * height * width, _capability(layer.weights.backward.device)
         blocks = pointwise_conv.candidates(rows, inputs, inner, tiles, dtype, precision, capability)
     else:
-        blocks = spatial_conv.candidates(inputs // groups, inner // groups, 1, dtype, precision)
+        ends = 1 if arrival is None else len(arrival.ends)
+        blocks = spatial_conv.candidates(inputs // groups, inner // groups, ends, dtype, precision)
     for choice in _choices(layer, blocks, forward=False, library=tiles == 1):
         variant = _variant(layer, layer.onward, choice)
         if layer.pointwise and layer.layer.stride[0] > 1:  # whose message is settled with another's
