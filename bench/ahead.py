@@ -26,9 +26,10 @@ import torch._inductor.config
 from triton.runtime.jit import JITFunction
 
 from contenders import network
+from heartbeat import beat
 from kernel_bench import BATCH, DTYPES, plan
 from network_bench import explainer_of, run_of
-from settings import COMPILED, TUNED, Setting, images
+from settings import COMPILED, HEADLINE, TUNED, Setting, images
 
 COLUMNS = [(setting, column) for setting in COMPILED for column in ("torch compiled", "forward compiled")]
 MOST_WORKERS = 6
@@ -37,6 +38,8 @@ COMPILERS = 4
 """Processes that torch.compile may start for one column."""
 WORKERS_MEMORY, COLUMNS_MEMORY = 0.05, 0.2
 """The shares of the device's memory that one process may take: the GPU tests need some too."""
+LARGEST, LARGEST_MEMORY = (HEADLINE, "torch compiled"), 0.4
+"""The column that needs more, and how much."""
 COMMAND = (sys.executable, str(pathlib.Path(__file__).with_name("gpu_check.py")), "--ahead")
 
 
@@ -72,6 +75,7 @@ class CompileAhead:
     def wait(self, seconds: float) -> str:
         """Wait for at most so long; says how many jobs did what they should."""
         deadline = time.monotonic() + seconds
+        beat(seconds)
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(None if seconds == float("inf") else max(0.0, deadline - time.monotonic()))
@@ -102,7 +106,7 @@ def run_job(job: str) -> None:
 
 def compile_column(setting: Setting, column: str) -> None:
     """A compiled column of one setting."""
-    torch.cuda.set_per_process_memory_fraction(COLUMNS_MEMORY)
+    torch.cuda.set_per_process_memory_fraction(LARGEST_MEMORY if (setting, column) == LARGEST else COLUMNS_MEMORY)
     device = torch.device("cuda")
     model, x = network(setting.network, device), images(device, setting.precision, setting.batch, 224)
     run_of(column, setting, model, x)()

@@ -10,6 +10,8 @@ CUDA device; 130: interrupted. Missed targets and whatever time did not suffice 
 ``--full``: every network, batch, precision, composite and compiled column, without a time limit unless ``--minutes`` sets
 one; what an earlier run of the same code measured is kept, here and with ``--resume``. ``--dry-run``: everything in
 miniature on the CPU, with interpreted kernels.
+
+The check runs in a process of its own, and where that hangs or is killed another one goes on behind what it attempted.
 """
 
 from __future__ import annotations
@@ -33,35 +35,43 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import heartbeat
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 
 TESTS = ("-m", "gpu", "-v", "--tb=short", "-W", "default", "tests/test_triton_backend.py", "tests/kernels")
 """Where the GPU tests are: other tests import what a machine with no more than the above does not have. What libraries
 warn of on a device is not ours to fail on."""
-MOST_TESTERS = 4
+MOST_TESTERS = 8
 """Processes the tests are spread over, where pytest-xdist is there: most of their time is compiling."""
 STAGES = ("tests", "ahead", "kernels", "networks", "tune")
-TESTS_SHARE, KERNELS_SHARE = 0.35, 0.5
-"""The shares of the budget that are spent when the GPU tests, and then the kernel table, must have ended."""
+TESTS_SHARE, KERNELS_SHARE, NETWORKS_SHARE = 0.35, 0.5, 0.92
+"""The shares of the budget that are spent when the GPU tests, the kernel table and the networks must have ended."""
 INTERRUPTED = 130
-MOST_RESTARTS = 20
-"""New processes after a kernel that made the device unusable for the one that launched it."""
+PROGRAM = (sys.executable, str(pathlib.Path(__file__).resolve()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, find the device, run the stages; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     if options.dry_run:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
     else:
         os.environ.pop("TRITON_INTERPRET", None)
+        # Where it is unset, torch.compile sets it to a folder of its own with the first kernel it makes: from then on nothing
+        # that was compiled ahead into another one would be found.
+        os.environ.setdefault("TRITON_CACHE_DIR", _temporary("triton"))
+    if options.ahead:
+        return _run_ahead(options.ahead)
+    if not options.dry_run and heartbeat.FILE not in os.environ:
+        command = [*PROGRAM, *arguments, "--began", str(options.began)]
+        return heartbeat.supervise(command, again(options), options.began + 60 * options.minutes)
     import torch
 
     from timing import Cuda, Host
 
-    if options.ahead:
-        return _run_ahead(options.ahead)
     if not options.dry_run and not torch.cuda.is_available():
         print(
             f"gpu_check: there is no CUDA device that torch {torch.__version__} can use; "
@@ -82,6 +92,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=pathlib.Path, help="folder for the results (default: $OUT or bench/results)")
     for stage in STAGES:
         parser.add_argument(f"--no-{stage}", action="store_true", help=f"leave this out: {stage}")
+    # When the run began, on the clock that all processes share, where this one goes on with it.
+    parser.add_argument("--began", type=float, default=time.monotonic(), help=argparse.SUPPRESS)
     parser.add_argument("--ahead", help=argparse.SUPPRESS)  # a job of compile-ahead, in a process of its own
     parser.add_argument("--tests", type=shlex.split, default=TESTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -101,9 +113,9 @@ def check(options: argparse.Namespace, device: Any) -> int:
 
     # Imported within a time limit and interrupted there, it would be left half imported.
     importlib.import_module("torch._inductor.compile_fx")
-    budget, versions, code = Budget(options.minutes), records.versions(), code_state()
+    budget, versions, code = Budget(options.minutes, options.began), records.versions(), code_state()
     # What is measured for choosing kernels belongs to this code alone.
-    os.environ.setdefault("LRP_FAST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / f"lrp_fast-gpu-check-{code}"))
+    os.environ.setdefault("LRP_FAST_CACHE", _temporary("lrp_fast"))
     results = Results(options.output, device.name, _short(versions), code)
     if options.full or options.resume:
         results.load()
@@ -123,9 +135,9 @@ def check(options: argparse.Namespace, device: Any) -> int:
         results.run["restarts"] = results.run.get("restarts", 0) + 1
         results.write()
         budget.say(f"the device answers no more: {error}")
-        if results.run["restarts"] > MOST_RESTARTS:
+        if results.run["restarts"] > heartbeat.MOST_RESTARTS:
             return 1
-        start_again(options, budget)
+        os.execv(sys.executable, again(options))
     results.write()
     print(results.table_path.read_text())
     print(f"{budget.spent():.0f} s; written to {results.folder}")
@@ -134,8 +146,9 @@ def check(options: argparse.Namespace, device: Any) -> int:
 
 def _stages(options: argparse.Namespace, device: Any, results: Any, budget: Any) -> None:
     from ahead import CompileAhead, jobs
-    from kernel_bench import measure_kernels
+    from kernel_bench import measure_compiled, measure_kernels
     from network_bench import measure_networks
+    from timing import Budget
 
     budget.say(f"{results.run['environment']}")
     results.write()
@@ -143,6 +156,8 @@ def _stages(options: argparse.Namespace, device: Any, results: Any, budget: Any)
     with CompileAhead(compiling, results.log_path("ahead")) as ahead:
         if not options.no_tests:
             budget.say("GPU tests")
+            results.run["tests"] = {"exit code": 1, "summary": "the process ended", "failed": []}
+            results.write()
             results.run["tests"] = run_tests(options.tests, results.log_path("tests"), budget.remaining(TESTS_SHARE))
             budget.say(results.run["tests"]["summary"])
             results.write()
@@ -150,15 +165,20 @@ def _stages(options: argparse.Namespace, device: Any, results: Any, budget: Any)
             results.run["compiled ahead"] = ahead.wait(budget.remaining(TESTS_SHARE))
             budget.say(f"compiled ahead: {results.run['compiled ahead']}")
     tune = not (options.no_tune or device.dry)
+    if not options.no_networks:
+        with stage("networks, provisionally", results, device, budget):
+            measure_networks(results, device, budget, tune=False, full=options.full, first=True)
     if not options.no_kernels:
         with stage("kernels", results, device, budget):
             measure_kernels(results, device, budget, KERNELS_SHARE, options.full)
     if not options.no_networks:
+        shorter = Budget(options.minutes * (1.0 if options.no_kernels else NETWORKS_SHARE), options.began)
         with stage("networks", results, device, budget):
-            measure_networks(results, device, budget, tune, options.full)
+            measure_networks(results, device, shorter, tune, options.full)
     if not options.no_kernels:
         with stage("kernels left out for the networks' sake", results, device, budget):
             measure_kernels(results, device, budget, 1.0, options.full)
+            measure_compiled(results, device, budget, options.full)
 
 
 @contextlib.contextmanager
@@ -181,12 +201,16 @@ def stage(name: str, results: Any, device: Any, budget: Any) -> Iterator[None]:
 
 
 def run_tests(arguments: Sequence[str], log: pathlib.Path, seconds: float) -> dict[str, Any]:
-    """pytest in processes of its own, writing to ``log``: its summary line, its exit code and what failed, ended or not."""
+    """pytest in processes of its own, writing to ``log``: its summary line, its exit code and what failed, ended or not.
+
+    What time does not suffice for is no failure.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", *arguments]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(MOST_TESTERS, len(os.sched_getaffinity(0))))]
+        command += ["-n", str(min(MOST_TESTERS, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
+    heartbeat.beat(seconds)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -201,7 +225,9 @@ def run_tests(arguments: Sequence[str], log: pathlib.Path, seconds: float) -> di
                 os.killpg(process.pid, signal.SIGKILL)  # with the processes that the tests are spread over
                 process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    summary = (lines[-1].strip("= ") if lines else "no output") if code is not None else f"not done in {seconds:.0f} s"
+    summary = lines[-1].strip("= ") if lines else "no output"
+    if code is None:
+        summary = f"incomplete: {sum('PASSED' in line for line in lines)} passed in {seconds:.0f} s"
     found: dict[str, Any] = {"exit code": code, "summary": summary}
     if code != 0:
         found["failed"] = [line for line in lines if re.search(r"\b(FAILED|ERROR)\b", line)][:50]
@@ -209,14 +235,12 @@ def run_tests(arguments: Sequence[str], log: pathlib.Path, seconds: float) -> di
     return found
 
 
-def start_again(options: argparse.Namespace, budget: Any) -> None:
-    """Replace this process by a new one that goes on from the results, in the time that is left."""
-    left = budget.remaining() / 60
-    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--resume", "--no-tests", "--no-ahead"]
-    command += ["--output", str(options.output), *(["--full"] if options.full else [])]
-    command += [] if math.isinf(left) else ["--minutes", f"{left:.2f}"]
-    command += [f"--no-{stage}" for stage in STAGES[2:] if getattr(options, f"no_{stage}")]
-    os.execv(sys.executable, command)
+def again(options: argparse.Namespace) -> list[str]:
+    """The command that goes on from the results, with the same deadline."""
+    command = [*PROGRAM, "--resume", "--no-tests", "--no-ahead", "--output", str(options.output)]
+    command += ["--minutes", str(options.minutes), "--began", str(options.began)]
+    command += ["--full"] if options.full else []
+    return command + [f"--no-{stage}" for stage in STAGES[2:] if getattr(options, f"no_{stage}")]
 
 
 def _run_ahead(job: str) -> int:
@@ -224,6 +248,11 @@ def _run_ahead(job: str) -> int:
 
     run_job(job)
     return 0
+
+
+def _temporary(name: str) -> str:
+    """A folder for what is kept between processes and runs of this code."""
+    return str(pathlib.Path(tempfile.gettempdir()) / f"{name}-gpu-check-{code_state()}")
 
 
 def _short(versions: dict[str, str]) -> str:

@@ -30,8 +30,8 @@ ROUNDED_BOUNDS = BOUNDS | {"bfloat16": 8e-2, "tf32": 2e-2}
 BATCH, DRY_BATCH = 256, 2
 OTHERS = 6
 """How many of the heaviest kernels are measured in float32 and TF32 too."""
-COMPILED = 4
-"""How many of the heaviest are compared with compiled torch."""
+COMPILED = 2
+"""How many of the heaviest are compared with compiled torch where time is short."""
 COMPILING_SECONDS = 40.0
 SECONDS_EACH = 0.25
 """For the repeats of one row."""
@@ -77,9 +77,30 @@ def measure_kernels(results: Results, device: Device, budget: Budget, share: flo
             continue
         _measure_rates(rates, device, row.precision)
         with results.attempting(cells, row.key, **row.known):
-            found = measure_row(row, device, rates, budget.remaining(share))
+            found = measure_row(row, device, rates)
         cells[row.key] = found
         results.take_in(f"kernel {row.key}")
+        results.write()
+        device.check()
+        device.free()
+
+
+def measure_compiled(results: Results, device: Device, budget: Budget, full: bool = False) -> None:
+    """What compiled torch takes for rows that are there and are to be compared with it: it compiles for long, so after all else."""
+    for row in plan(device.dry, full):
+        cell = results.run["cells"].get(row.key, {})
+        if not row.compiled or "seconds" not in cell or "compiled seconds" in cell or "compiled entry" in cell:
+            continue
+        where = f"kernel {row.key}, compiled torch"
+        if not budget.remaining():
+            results.leave_out(where)
+            continue
+        cell["compiled entry"] = "the process ended or hung"
+        results.write()
+        found = _compiled(row, device, min(COMPILING_SECONDS, budget.remaining()))
+        del cell["compiled entry"]
+        cell |= found
+        results.take_in(where)
         results.write()
         device.check()
         device.free()
@@ -107,24 +128,29 @@ def _weight(case: KernelCase) -> tuple[float, float]:
 # One row ----------------------------------------------------------------------------------------------------------------
 
 
-def measure_row(row: Row, device: Device, rates: Cell, seconds: float) -> Cell:
-    """Parity first; a kernel that fails it gets no speed. Errors become entries."""
+def measure_row(row: Row, device: Device, rates: Cell) -> Cell:
+    """Parity first; a kernel that fails it gets no speed, only its bare time. Errors become entries."""
     cell = row.known
     try:
         with float32_precision(row.precision == "tf32"):
-            batch = DRY_BATCH if device.dry else BATCH
-            torch.manual_seed(0)
-            prepared = row.case.build(device.torch_device, DTYPES[row.precision], batch, row.product)
+            batch, prepared = _batch(device), _prepared(row, device)
             cell |= {"batch": batch, "bytes": prepared.bytes, "flops": prepared.flops} | _parity(prepared, row)
-            if "failed" not in cell:
-                cell |= _speed(prepared, device, rates, row.precision)
-                if row.compiled:
-                    cell |= _compiled(prepared, device, min(COMPILING_SECONDS, seconds))
+            speed = _speed(prepared, device, rates, row.precision)
+            cell |= {"unchecked seconds": speed["seconds"]} if "failed" in cell else speed
     except torch.cuda.OutOfMemoryError:
         cell |= {"entry": "out of memory"}
     except Exception as error:
         cell |= {"entry": describe(error), "failed": True}
     return cell
+
+
+def _batch(device: Device) -> int:
+    return DRY_BATCH if device.dry else BATCH
+
+
+def _prepared(row: Row, device: Device) -> Prepared:
+    torch.manual_seed(0)
+    return row.case.build(device.torch_device, DTYPES[row.precision], _batch(device), row.product)
 
 
 def describe(error: Exception) -> str:
@@ -175,14 +201,17 @@ def _speed(prepared: Prepared, device: Device, rates: Cell, precision: str) -> C
     }  # fmt: skip
 
 
-def _compiled(prepared: Prepared, device: Device, seconds: float) -> Cell:
-    """The eager work through torch.compile; what goes wrong there is an entry."""
+def _compiled(row: Row, device: Device, seconds: float) -> Cell:
+    """The eager work through torch.compile, in turn with the kernel; what goes wrong there is an entry."""
     try:
-        with time_limit(seconds):
+        with time_limit(seconds), float32_precision(row.precision == "tf32"):
+            prepared = _prepared(row, device)
             torch.compiler.reset()  # past a number of recompilations, functions would silently stay uncompiled
             compiled = torch.compile(prepared.eager, dynamic=False)
             compiled()
-            return {"compiled seconds": device.medians({"compiled": compiled}, SECONDS_EACH)["compiled"]}
+            medians = device.medians({"kernel": prepared.run, "compiled": compiled}, SECONDS_EACH)
+            taken = medians["compiled"]
+            return {"compiled seconds": taken, "compiled over kernel": taken / medians["kernel"]}
     except OutOfTimeError:
         return {"compiled entry": f"not within {seconds:.0f} s"}
     except Exception as error:

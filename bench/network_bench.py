@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -21,14 +21,18 @@ from kernel_bench import DTYPES, describe
 from lrp_fast import LRP, Attribution
 from lrp_fast.scopes import float32_precision
 from peers import captum_explainer, zennit_explainer
-from report import OURS, Cell, Results
-from settings import TUNED, Setting, columns_of, images, settings
+from report import OURS, PEERS, Cell, Results
+from settings import FIRST, TUNED, Setting, columns_of, images, settings
 from timing import Budget, Device, OutOfTimeError, Run, time_limit
 
 SPEARMAN = 0.999
 REFERENCED = 4
 """How many images of a batch are compared with the reference."""
 SAMPLE_SECONDS, ROUNDS_SECONDS = 0.03, 6.0
+BRIEF_SECONDS = 0.5
+"""For the provisional time of a column that is ready before the others of its setting."""
+PEER_CALLS = 2
+"""How often other programs are called for their time: many times slower, they would take the rounds of the rest."""
 TUNING_SECONDS = 90.0
 """The most that tuning a setting may take."""
 FIRST_CALLS_SECONDS, COMPLETE_CALLS_SECONDS = 90.0, 900.0
@@ -98,6 +102,8 @@ class Bench:
     device: Device
     results: Results
     budget: Budget
+    provisional: bool = False
+    """Whether all of it is to be measured again."""
 
     def __post_init__(self) -> None:
         self.cells = self.results.columns(self.setting.precision, self.setting.key)
@@ -108,19 +114,22 @@ class Bench:
         self.references: dict[tuple[int, ...], Tensor] = {}
 
     def measure(self, columns: Sequence[str]) -> None:
-        """Columns that are not there yet: first alone, for parity and memory, then in turn, for speed."""
+        """Columns that are not there to stay: first alone, for parity and memory, then in turn, for speed."""
         self.tuned = "triton tuned" in columns and self._tuned()
         if not self.tuned:
             columns = [name for name in columns if name != "triton tuned"]
         # What takes long to compile comes last, and a recorded graph, whose memory others may need, runs beside its own
         # backend alone.
-        group = sorted((name for name in columns if name != "triton + graph"), key=lambda name: "compiled" in name)
+        alone = ("triton + graph", *PEERS)
+        group = sorted((name for name in columns if name not in alone), key=lambda name: "compiled" in name)
         if any("compiled" in name for name in group):
             torch.compiler.reset()  # past a number of recompilations, functions would silently stay uncompiled
         self._measure_group(group)
         self.device.free()
         if "triton + graph" in columns:
             self._measure_group(["triton tuned" if self.tuned else "triton", "triton + graph"])
+            self.device.free()
+        self._measure_group([name for name in columns if name in PEERS])
 
     def _tuned(self) -> bool:
         """Measure the choices of this setting, once and within a limit; True if there are any."""
@@ -152,25 +161,44 @@ class Bench:
                     found[name], run = self._prepare(name)
                 if run is not None:
                     runs[name] = run
+                    if name not in self.cells:
+                        self._keep(name, found[name])
                     continue
                 self._keep(name, found[name])
                 self.device.check()
                 self.device.free()
-            for name, taken in self._interleaved(runs).items():
-                self._keep(name, found[name] | {"seconds": taken, "images per second": self.setting.batch / taken})
+            with ExitStack() as attempts:
+                for name in runs:
+                    attempts.enter_context(self.results.attempting(self.cells, name))
+                medians = self._interleaved(runs)
+            for name, taken in medians.items():
+                self._keep(name, self._timed(found[name], taken, self.provisional))
 
     def _keep(self, name: str, cell: Cell) -> None:
-        """Put a cell into the table, where the first measurement of a column stays; without content it was left out."""
-        where = f"{self.setting} {name}"
+        """Put a cell into the table, where a column's first measurement stays that is not provisional.
+
+        One without content was left out; what goes wrong later is told beside the speed there is.
+        """
+        where, earlier = f"{self.setting} {name}", self.cells.get(name, {})
+        if not cell:
+            self.results.leave_out(where, "in turn with the others: no time left" if earlier else "no time left")
+        elif not earlier or earlier.get("provisional"):
+            beside = earlier if "seconds" in earlier else {"provisional": self.provisional}
+            self.cells[name] = cell if "provisional" in cell else beside | cell
         if cell:
-            self.cells.setdefault(name, cell)
             self.results.take_in(where)
-        else:
-            self.results.leave_out(where)
         self.results.write()
 
+    def _timed(self, cell: Cell, seconds: float, provisional: bool) -> Cell:
+        """A cell with its speed; maps that failed parity have none, only the time they took."""
+        speed = {"seconds": seconds, "images per second": self.setting.batch / seconds}
+        return cell | ({"unchecked seconds": seconds} if "failed" in cell else speed) | {"provisional": provisional}
+
     def _prepare(self, name: str) -> tuple[Cell, Run | None]:
-        """A column's first calls: parity, and memory at the peak; no run if it may not be timed, no cell without time."""
+        """A column's first calls: parity, memory at the peak and a provisional time; no cell if there was no time.
+
+        With a run if it is to be timed in turn with others. Peers and what failed parity are not: the first time stays.
+        """
         compiled, remaining = "compiled" in name, self.budget.remaining()
         most = FIRST_CALLS_SECONDS if remaining < math.inf else COMPLETE_CALLS_SECONDS
         limit = min(remaining / 3 if compiled else remaining, most)
@@ -181,14 +209,15 @@ class Bench:
                 result, peak = self.device.peak(run)
                 cell = parity(result, self._reference(result.target), self.setting) if name in OURS else {}
                 del result
-                if "failed" in cell:
-                    return cell, None
                 # Of a graph, and of the peers, which bind nothing, the first call counts.
                 if name in OURS and name != "triton + graph":
                     peak = self.device.peak(run)[1]
+                seconds = self.device.wall(run, PEER_CALLS) if name in PEERS else self._briefly(run)
             if name == "triton + graph":
                 cell["tuned"] = self.tuned
-            return cell | {"peak bytes per image": peak and peak / self.setting.batch}, run
+            cell["peak bytes per image"] = peak and peak / self.setting.batch
+            stays = name in PEERS or "failed" in cell
+            return self._timed(cell, seconds, not stays), None if stays else run
         except OutOfTimeError:
             return {"entry": f"not within {most:.0f} s"} if limit == most else {}, None
         except Exception as error:
@@ -202,6 +231,12 @@ class Bench:
             explainer = LRP(self.model, self.setting.composite, backend="reference")
             self.references[key] = explainer.explain(self.x[:REFERENCED], targets, relevance=False).heatmap
         return self.references[key]
+
+    def _briefly(self, run: Run) -> float:
+        """Seconds of a call, by as many as fit into a moment, and one at least."""
+        once = self.device.wall(run, 1)
+        calls = 0 if self.device.dry else int(BRIEF_SECONDS / once)
+        return self.device.wall(run, calls) if calls else once
 
     def _interleaved(self, runs: Mapping[str, Run]) -> dict[str, float]:
         """Median seconds of a call of each run, taken in turn; what goes wrong becomes an entry."""
@@ -264,21 +299,27 @@ def spearman(got: Tensor, expected: Tensor) -> float:
 # All settings -----------------------------------------------------------------------------------------------------------
 
 
-def measure_networks(results: Results, device: Device, budget: Budget, tune: bool, full: bool = False) -> None:
-    """Measure the settings, the most important first, until the budget is spent; what is there already stays."""
-    for rank, setting in enumerate(settings(device.dry, full)):
+def measure_networks(
+    results: Results, device: Device, budget: Budget, tune: bool, full: bool = False, first: bool = False
+) -> None:
+    """Measure the settings, the most important first, until the budget is spent; what is there already stays.
+
+    ``first``: only some columns of the most important ones, for the case that nothing else comes of it. They are provisional:
+    ratios are of times taken in turn, so they are measured again with the others where time suffices.
+    """
+    for rank, setting in enumerate(settings(device.dry, full)[: FIRST if first else None]):
         tuned = tune and (full or (setting in TUNED and budget.remaining() >= TUNING_SECONDS))
-        columns = columns_of(setting, device.dry, full)
-        columns = [name for name in columns if not results.has(setting.precision, setting.key, name)]
+        columns = columns_of(setting, device.dry, full, first)
+        columns = [name for name in columns if not results.has(setting.precision, setting.key, name, first)]
         columns = [name for name in columns if tuned or name != "triton tuned"]
         if columns and budget.remaining() < FEWEST_SECONDS:
             results.leave_out(str(setting))
         elif columns:
             budget.say(f"{setting}: {', '.join(columns)}")
-            bench = Bench(setting, device, results, budget)
+            bench = Bench(setting, device, results, budget, first)
             bench.measure(columns)
             results.take_in(str(setting))
-            if rank == 0:
+            if rank == 0 and not first:
                 profile(bench)
             device.free()
         results.write()

@@ -2,7 +2,8 @@
 
 Files: ``<device>-kernels-<versions>.json`` and ``<device>-<precision>-<versions>.json`` for bfloat16, float32 and tf32, and
 ``<device>-<versions>.md``; what the GPU tests print is in ``<device>-tests-<versions>.log``, what compiles ahead in
-``<device>-ahead-<versions>.log``. A cell holds numbers, or under ``entry`` the reason why there are none.
+``<device>-ahead-<versions>.log``. A cell holds numbers, or under ``entry`` the reason why there are none; a ``provisional``
+one was not yet timed in turn with the others. ``unchecked seconds`` is what took heatmaps or outputs that failed parity.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from heartbeat import beat
+
 Cell = dict[str, Any]
 
 PRECISIONS = ("bfloat16", "float32", "tf32")
@@ -20,6 +23,7 @@ COLUMNS = (
     "forward", "forward compiled", "torch", "torch compiled", "triton", "triton tuned", "triton + graph", "zennit",
     "captum",
 )  # fmt: skip
+PEERS = ("zennit", "captum")
 OURS = ("torch", "torch compiled", "triton", "triton tuned", "triton + graph")
 HEADLINE = "resnet50/otsuki2024/256"
 BATCH_ONE = "resnet50/otsuki2024/1"
@@ -62,6 +66,7 @@ class Results:
 
     def write(self) -> None:
         """Everything so far, JSON and Markdown. Each file is replaced as a whole."""
+        beat()
         self.folder.mkdir(parents=True, exist_ok=True)
         texts = {self._path(name): json.dumps(found, indent=1) for name, found in self.files.items() if found["cells"]}
         texts[self._path("kernels")] = json.dumps(self.run, indent=1)
@@ -76,22 +81,27 @@ class Results:
         found: dict[str, Cell] = self.files[precision]["cells"].setdefault(setting, {})
         return found
 
-    def has(self, precision: str, setting: str, column: str) -> bool:
-        """Whether there is a cell."""
-        return column in self.files[precision]["cells"].get(setting, {})
+    def has(self, precision: str, setting: str, column: str, provisional: bool = False) -> bool:
+        """Whether there is a cell to stay: a provisional one only where ``provisional`` suffices, or if it failed."""
+        cell = self.files[precision]["cells"].get(setting, {}).get(column)
+        return cell is not None and (provisional or cell.get("failed", False) or not cell.get("provisional"))
 
     @contextmanager
     def attempting(self, cells: dict[str, Cell], name: str, **known: object) -> Iterator[None]:
-        """Within, a cell that is not there yet says that the process ended: so that no later run ends the same way."""
-        if name in cells:
+        """Within, a cell that is not there to stay says that the process ended: so that no later run ends the same way."""
+        earlier = cells.get(name, {})
+        if earlier and not earlier.get("provisional"):
             yield
             return
-        cells[name] = known | {"entry": "the process ended or hung", "failed": True}
+        attempt = cells[name] = known | earlier | {"entry": "the process ended or hung", "failed": True}
         self.write()
         try:
             yield
         finally:
-            del cells[name]
+            if cells[name] is attempt and earlier:
+                cells[name] = earlier
+            elif cells[name] is attempt:
+                del cells[name]
 
     def leave_out(self, what: str, why: str = "no time left") -> None:
         """Record what was not measured."""
@@ -104,7 +114,8 @@ class Results:
     def failures(self) -> list[str]:
         """Whatever must not be: failed tests, failed parity, errors of our own explainers and kernels."""
         tests = self.run.get("tests")
-        found = [f"GPU tests: {tests['summary']}"] if tests and tests["exit code"] != 0 else []
+        unfinished = tests and tests["exit code"] is None and not tests["failed"]
+        found = [f"GPU tests: {tests['summary']}"] if tests and tests["exit code"] != 0 and not unfinished else []
         found += [f"{stage}: {entry}" for stage, entry in self.run.get("stages", {}).items()]
         found += [f"kernel {key}: {cell['entry']}" for key, cell in self.run["cells"].items() if cell.get("failed")]
         for precision in PRECISIONS:
@@ -165,6 +176,13 @@ def markdown(results: Results) -> str:
         parts.append("## Failures\n\n" + "\n".join(f"- {failure}" for failure in failures))
     head = "## Targets, set for an H100: ResNet-50, 224 x 224, bfloat16, batch 256, heatmaps out"
     parts.append(f"{head}\n\n{table(('target', 'measured', 'met'), targets(results))}")
+    provisional = [
+        f"{setting} {column}"
+        for setting, columns in results.files["bfloat16"]["cells"].items() if setting in (HEADLINE, BATCH_ONE)
+        for column, cell in columns.items() if cell.get("provisional")
+    ]  # fmt: skip
+    if provisional:
+        parts.append(f"Provisional, not timed in turn with the others: {', '.join(provisional)}.")
     parts += [_speeds(results, precision) for precision in PRECISIONS if results.files[precision]["cells"]]
     if "profile" in run:
         parts.append(_profile(run["profile"]))
@@ -194,6 +212,8 @@ def _speeds(results: Results, precision: str) -> str:
     head = ["network/composite/batch", *present]
     return (
         f"## {precision}: images/s\n\n{table(head, speeds)}\n\n"
+        f"Timed in turn with each other; {' and '.join(PEERS)} alone, two calls after a first one; "
+        "~: provisional, not yet in turn.\n\n"
         f"Peak memory of a call beyond model and inputs, MB per image (`triton + graph`: of the recording call):\n\n"
         f"{table(head, memory)}\n\n"
         "Parity of the timed heatmaps with the float64 reference:\n\n"
@@ -204,7 +224,9 @@ def _speeds(results: Results, precision: str) -> str:
 def _number(cell: Cell | None, name: str, form: str) -> str:
     if cell is None:
         return ""
-    return form.format(cell[name]) if cell.get(name) is not None else str(cell.get("entry", ""))
+    if cell.get(name) is None:
+        return str(cell.get("entry", ""))
+    return "~" * bool(cell.get("provisional")) + form.format(cell[name])
 
 
 def _megabytes(cell: Cell | None) -> str:
@@ -237,11 +259,11 @@ def _kernels(run: Cell) -> str:
         if "seconds" not in cell:
             rows.append([key, str(cell.get("count", "")), str(cell.get("entry", "")), *[""] * 6])
             continue
-        compiled = cell.get("compiled seconds")
+        compiled = cell.get("compiled over kernel")
         rows.append([
             key, str(cell["count"]), f"{1e6 * cell['seconds']:,.1f}", f"{cell['gigabytes per second']:,.0f}",
             f"{cell['teraflops']:,.1f}", f"{cell['share']:.0%}", f"{cell['eager seconds'] / cell['seconds']:.2f}x",
-            str(cell.get("compiled entry", "")) if compiled is None else f"{compiled / cell['seconds']:.2f}x",
+            str(cell.get("compiled entry", "")) if compiled is None else f"{compiled:.2f}x",
             f"{cell['relative error']:.0e}",
         ])  # fmt: skip
     head = ("kernel", "count", "µs", "GB/s", "TFLOP/s", "of the floor", "over eager", "over compiled", "error")

@@ -49,15 +49,18 @@ HEADLINE, SINGLE = Setting("resnet50", "bfloat16", 256), Setting("resnet50", "bf
 SECOND = Setting("resnet50", "float32", 32)
 COMPILED = (HEADLINE, SECOND)
 """Where time is short, only these have compiled columns."""
-TUNED = (HEADLINE, SINGLE, SECOND)
+TUNED = (HEADLINE, SINGLE)
 """Where time is short, only these are tuned."""
+FIRST = 2
+"""How many settings, of the most important ones, have columns that are measured before all else."""
+FIRST_COLUMNS = ("forward", "torch", "triton")
 
 
 def settings(dry: bool, full: bool) -> list[Setting]:
     """All settings, by importance, so that a cut loses the least."""
     if dry:
         return [Setting("cifar", "float32", 2), Setting("cifar", "tf32", 1)]
-    first = [*TUNED]
+    first = [HEADLINE, SINGLE, SECOND]
     first += [Setting(network, "bfloat16", 256) for network in ("resnet18", "resnet101")]
     every = product(("resnet50", "resnet18", "resnet101"), ("bfloat16", "tf32", "float32"), BATCHES)
     rest = sorted(every, key=lambda setting: BATCHES.index(setting[2]) + 1.5 * (setting[0] != "resnet50"))
@@ -68,13 +71,15 @@ def settings(dry: bool, full: bool) -> list[Setting]:
     return list(found)
 
 
-def columns_of(setting: Setting, dry: bool, full: bool) -> list[str]:
-    """What is measured in a setting. The peers have one composite each, shown beside ours of the method."""
+def columns_of(setting: Setting, dry: bool, full: bool, first: bool = False) -> list[str]:
+    """What is measured in a setting, or of it ``first``. The peers have one composite each, shown beside ours of the method."""
     left_out = set() if full or setting in COMPILED else {"forward compiled", "torch compiled"}
     if setting.composite != "otsuki2024":
         left_out |= {"forward", "forward compiled", "zennit", "captum"}
     if dry:
         left_out |= {"triton tuned", "triton + graph"}
+    if first:
+        left_out |= {*COLUMNS} - {*FIRST_COLUMNS, *(["triton + graph"] if setting.batch == 1 else [])}
     return [name for name in COLUMNS if name not in left_out]
 
 

@@ -22,9 +22,12 @@ from typing import Any
 
 import torch
 
+from heartbeat import beat
+
 Run = Callable[[], Any]
 FLUSHED_BYTES = 1 << 30
-"""Written before every timed launch: it empties the L2 cache, and while it runs (0.4 ms) the launch is queued."""
+"""Read before every timed launch: it empties the L2 cache, and while it runs (0.2 to 0.4 ms) the launch is queued. Were it
+written, what it leaves in the cache would have to be written back while the launch is timed."""
 
 
 class OutOfTimeError(BaseException):
@@ -36,11 +39,11 @@ class DeviceLostError(Exception):
 
 
 class Budget:
-    """The minutes a run may take."""
+    """The minutes a run may take, from ``begin`` on (``time.monotonic()``, the same in all processes) or from now."""
 
-    def __init__(self, minutes: float) -> None:
+    def __init__(self, minutes: float, begin: float | None = None) -> None:
         self.seconds = 60 * minutes
-        self.begin = time.monotonic()
+        self.begin = time.monotonic() if begin is None else begin
 
     def spent(self) -> float:
         """Seconds since the start."""
@@ -48,6 +51,7 @@ class Budget:
 
     def say(self, what: str) -> None:
         """A line of progress."""
+        beat()
         print(f"[{self.spent():4.0f} s] {what}", file=sys.stderr, flush=True)
 
     def remaining(self, share: float = 1.0) -> float:
@@ -70,6 +74,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
     if seconds <= 0:
         raise OutOfTimeError
+    beat(seconds)
     before = signal.signal(signal.SIGALRM, stop)
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)  # again and again: a destructor may have swallowed the first
@@ -77,6 +82,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        beat()
 
 
 class Device(ABC):
@@ -147,6 +153,7 @@ class Cuda(Device):
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-")
         self._flushed: torch.Tensor | None = None
+        self._sum: torch.Tensor | None = None
 
     def environment(self) -> dict[str, str]:
         """Name, capability, memory, driver and CUDA version."""
@@ -188,15 +195,19 @@ class Cuda(Device):
 
     def single(self, run: Run) -> float:
         """Between two CUDA events; the L2 cache is flushed before."""
-        if self._flushed is None:
-            self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=self.torch_device)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flushed.zero_()
+        self._flush()
         start.record()
         run()
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / 1000
+
+    def _flush(self) -> None:
+        if self._flushed is None:
+            self._flushed = torch.zeros(FLUSHED_BYTES // 4, device=self.torch_device)
+            self._sum = torch.empty((), device=self.torch_device)
+        torch.sum(self._flushed, dim=0, out=self._sum)
 
     def profiled(self, run: Run) -> tuple[list[tuple[str, int, float]], float]:
         """By CUPTI's records of kernels and copies."""
