@@ -1,8 +1,9 @@
 """The batches of a data set: decoded in any process, explained on a device, brought into the rows of a store.
 
 Batch b holds the samples b·B to (b+1)·B, always, the last one padded: a result depends on the batch it is computed in, so
-only with a fixed composition does a resumed or divided run give the bits of an uninterrupted one (on a CPU, with as many
-threads: they divide sums differently). Where a picture cannot be read, and beyond the last sample, a stand-in takes the place.
+only with a fixed composition does a resumed or divided run give the bits of an uninterrupted one (on a CPU with as many
+threads: they divide sums differently; on a GPU of that kind, by the triton backend, with the same tuned choices). Where a
+picture cannot be read, and beyond the last sample, a stand-in takes the place.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from lrp_fast.store import CHANNELS, DONE, FAILED, INPUT, Layout, Rows
 from lrp_fast.watch import parameter_table
 
 NOT_FINITE = "its relevance holds values that are NaN or infinite"
+NO_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
+"""What the host's allocator, a GPU's driver (for a kernel's code, too) and its libraries say where memory is used up."""
 LARGEST_BATCH = 256
 WORTH_DOUBLING = 1.05
 """By how much a batch twice as large must be faster, per image, to be taken."""
@@ -107,16 +110,17 @@ def on_device(decoded: Iterable[Decoded], device: torch.device) -> Iterator[Deco
 
 
 class Explained:
-    """A batch's fields on their way to the host: on a GPU the copies run while the next batch is computed."""
+    """A batch's fields on their way to the host: on a GPU by ``copies``, a stream of their own, while the next is computed."""
 
-    def __init__(self, decoded: Decoded, fields: Mapping[str, Tensor]) -> None:
+    def __init__(self, decoded: Decoded, fields: Mapping[str, Tensor], copies: torch.cuda.Stream | None) -> None:
         self.batch, self._reasons = decoded.batch, decoded.reasons
         self._ready: torch.cuda.Event | None = None
         self._fields = dict(fields)
-        if decoded.inputs.device.type == "cuda":
-            self._fields = {name: _to_pinned(values) for name, values in fields.items()}
-            self._ready = torch.cuda.Event()
-            self._ready.record(torch.cuda.current_stream(decoded.inputs.device))
+        if copies is not None:
+            copies.wait_stream(torch.cuda.current_stream(copies.device))
+            with torch.cuda.stream(copies):
+                self._fields = {name: _to_pinned(values, copies) for name, values in fields.items()}
+                self._ready = copies.record_event()
 
     def rows(self, layout: Layout) -> Rows:
         """The rows of the store, once they are here; samples that failed are zero, with the reason."""
@@ -135,7 +139,8 @@ class Explained:
         return rows
 
 
-def _to_pinned(values: Tensor) -> Tensor:
+def _to_pinned(values: Tensor, copies: torch.cuda.Stream) -> Tensor:
+    values.record_stream(copies)  # its memory is not another's before it is copied
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
@@ -145,6 +150,8 @@ class BatchExplainer:
     def __init__(self, explainer: LRP, layout: Layout) -> None:
         self.explainer, self.layout = explainer, layout
         self._together = layout.batch_size
+        on_gpu = explainer.device.type == "cuda"
+        self._copies = torch.cuda.Stream(explainer.device) if on_gpu else None
 
     def explain(self, decoded: Decoded) -> Explained:
         """Raises :class:`PipelineError` if not even one image fits into memory or the model refuses the pictures."""
@@ -161,7 +168,7 @@ class BatchExplainer:
             # Outside the handler, whose traceback would hold the tensors that filled the memory.
             self._together = -(-self._together // 2)
             free_memory(self.explainer)
-        return Explained(decoded, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return Explained(decoded, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, self._copies)
 
     def _fields(self, inputs: Tensor) -> dict[str, Tensor]:
         """All fields of some images, and ``finite``, whether all relevance is; where it is not, maps are zero."""
@@ -201,7 +208,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory, of the device or the host, is used up."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def free_memory(explainer: LRP) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lrp_fast import reference
 from lrp_fast.audit import Audit, audit_rows
 from lrp_fast.backends.passes import Passes
-from lrp_fast.backends.torch import LinearOperation
+from lrp_fast.backends.torch import LinearOperation, channels_last
 from lrp_fast.composites import STARTS, Assignment, Composite
 from lrp_fast.engine import Program, bind_linears
 from lrp_fast.layers import Shape
@@ -37,6 +38,9 @@ LOGITS_ERROR = {torch.float64: 0.05, torch.float32: 0.05, torch.bfloat16: 0.25, 
 """How far logits may be from the model's, relative L2, before something else than rounding (TF32's too) must be at work."""
 PROGRAMS_KEPT = 4
 """How many input shapes (with their layers and number of maps) stay bound at once: on a CPU each has its own packed weights."""
+
+MAPS_KEPT = 2
+"""How many numbers of maps a recorded program keeps a backward pass for: each holds its results."""
 
 LARGEST_TENSOR = 32 * 2**20
 """Bytes of a tensor that glibc may keep for the next one (its largest threshold for mapping memory directly)."""
@@ -57,7 +61,8 @@ class Attribution:
     - ``target``: N int64, the class that was explained
     - ``output``: N × classes, the model's logits
     - ``start``: N, the relevance put in
-    - ``leak``: N, ``(start − Σ relevance) / start``, signed; 0 where both are 0
+    - ``leak``: N, ``(start − Σ relevance) / start``, signed, before probabilities or logits scale the map; 0 where both are 0;
+      of a start that is given, over the sum of its magnitudes
     - ``layers``: module name → relevance at that module's output
     - ``probability``: N float64, the softmax probability of that class
     """
@@ -138,25 +143,13 @@ class LRP:
         self.compile = compile
         self.tf32 = tf32
         self.cuda_graph = cuda_graph
-        self.keep_memory = keep_memory
+        self.keep_memory, self._keeps_memory = keep_memory, False
         self._backend, self._dtype = backend, dtype  # as asked for
-        self.refresh()
-        self.backend = backend
-        self.device, self.dtype = self._place(self._parameters)
-        if backend == "auto":
-            self.backend, why = _choose_backend(self.device, self.dtype)
-            logger.info("backend: %s (%s, %s)%s", self.backend, self.device, self.dtype, why)
-        elif backend == "triton":
-            _triton().check_device(self.device, self.dtype)
         if compile and backend == "reference":
             raise ValueError("compile=True is for the torch and triton backends, got backend 'reference'")
-        if cuda_graph and (self.device.type != "cuda" or compile or self.backend == "reference"):
-            raise ValueError(
-                f"cuda_graph=True needs the torch or triton backend on a CUDA device, without compile=True; got backend "
-                f"{self.backend!r} on {self.device} with compile={compile}"
-            )
-        if keep_memory and self.device.type == "cpu":
-            keep_freed_memory(self)
+        self._one_at_a_time: AbstractContextManager[object] = threading.RLock() if cuda_graph else nullcontext()
+        self.refresh()
+        self._settle()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as what it was made of, the model with it; made again where it arrives."""
@@ -169,18 +162,27 @@ class LRP:
     # What users call.
 
     def attribute(
-        self, inputs: Tensor, target: Target = None, return_convergence_delta: bool = False
+        self,
+        inputs: Tensor,
+        target: Target = None,
+        additional_forward_args: None = None,
+        return_convergence_delta: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The relevance of every input element, shaped like ``inputs`` (N×K×… for N×K targets); captum's signature.
 
-        With ``return_convergence_delta`` also ``start − Σ relevance`` of each map. Arguments and errors as in
-        :meth:`explain`.
+        With ``return_convergence_delta`` also ``start − Σ relevance`` of each map. The model takes one tensor, so
+        ``additional_forward_args`` are refused (``TypeError``). Other arguments and errors as in :meth:`explain`.
         """
+        if additional_forward_args is not None:
+            raise TypeError(
+                f"expected a model of one tensor, got additional_forward_args of {type(additional_forward_args).__name__}"
+            )
         result = self.explain(inputs, target)
         assert result.relevance is not None
         if not return_convergence_delta:
             return result.relevance
-        return result.relevance, result.leak * result.start
+        axes = tuple(range(result.start.ndim, result.relevance.ndim))
+        return result.relevance, result.start - result.relevance.sum(axes, dtype=torch.float64).to(result.start.dtype)
 
     def explain(
         self,
@@ -219,7 +221,7 @@ class LRP:
             explain = self._explain_reference if self.backend == "reference" else self._explain_torch
             check_finite = _finite_check(inputs)
             try:
-                with self._running():
+                with self._one_at_a_time, self._running():
                     return explain(inputs, targets, start, observed, relevance)
             finally:
                 check_finite()
@@ -239,11 +241,12 @@ class LRP:
             with self._running():
                 values = reference.forward(self.plan, double, inputs.double())
                 self._check_output(inputs, values[self.plan.output])
-                begin, _, single = self._start(values[self.plan.output], targets, start)
-                if not single:
-                    raise ValueError(f"an audit takes one target or start for each image, got {begin.shape[0]}")
-                result = self._reference_backward(double, values, begin[0])
-            return audit_rows(self.plan, self._assignments, result, begin[0])
+                begin = self._start(values[self.plan.output], targets, start)
+                if not begin.single:
+                    raise ValueError(f"an audit takes one target or start for each image, got {begin.maps}")
+                relevance = begin.relevance[0] * begin.scale[0, :, None]
+                result = self._reference_backward(double, values, relevance)
+            return audit_rows(self.plan, self._assignments, result, relevance)
 
     def describe(self, shape: Sequence[int] | None = None) -> str:
         """A table of the plan: every step, how relevance leaves it, what serves it and why not the kernels.
@@ -322,6 +325,25 @@ class LRP:
         self._programs: dict[object, _Runner] = {}
         self._largest: dict[Shape, int] = {}  # elements of the largest tensor, for an image's shape
 
+    def _settle(self) -> None:
+        """Where and in what to compute, and by which backend: where the model is now."""
+        self.device, self.dtype = self._place(self._parameters)
+        before, self.backend = getattr(self, "backend", ""), self._backend
+        if self.backend == "auto":
+            self.backend, why = _choose_backend(self.device, self.dtype)
+            if self.backend != before:
+                logger.info("backend: %s (%s, %s)%s", self.backend, self.device, self.dtype, why)
+        elif self.backend == "triton":
+            _triton().check_device(self.device, self.dtype)
+        if self.cuda_graph and (self.device.type != "cuda" or self.compile or self.backend == "reference"):
+            raise ValueError(
+                f"cuda_graph=True needs the torch or triton backend on a CUDA device, without compile=True; got backend "
+                f"{self.backend!r} on {self.device} with compile={self.compile}"
+            )
+        if self.keep_memory and self.device.type == "cpu" and not self._keeps_memory:
+            keep_freed_memory(self)
+            self._keeps_memory = True
+
     def _place(self, parameters: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
         devices = {value.device for value in parameters.values()} or {torch.device("cpu")}
         if len(devices) > 1:
@@ -333,7 +355,7 @@ class LRP:
         if dtype not in DTYPES:
             known = ", ".join(str(known) for known in DTYPES)
             raise ValueError(f"dtype {dtype} is not one relevance can be computed in; give dtype= one of {known}")
-        if self.backend == "reference":
+        if self._backend == "reference":
             if self._dtype not in (None, torch.float64):
                 raise ValueError(f"the reference computes in float64, got dtype={self._dtype}; leave it out")
             dtype = torch.float64
@@ -349,9 +371,7 @@ class LRP:
         state = self._watch.state()
         if state != self._state:
             self._forget()
-            self.device, self.dtype = self._place(self._parameters)
-            if self.backend == "triton":
-                _triton().check_device(self.device, self.dtype)
+            self._settle()
             self._state = state
         return self._parameters
 
@@ -392,7 +412,8 @@ class LRP:
     def _running(self) -> Iterator[None]:
         """What an explanation needs of the process: its own device and precision, and no autocast."""
         no_autocast = torch.autocast(self.device.type, enabled=False)
-        with current_device(self.device), no_autocast, float32_precision(self.tf32):
+        tf32 = self.tf32 and self.device.type == "cuda"
+        with current_device(self.device), no_autocast, float32_precision(tf32):
             yield
 
     def _explain_torch(
@@ -425,13 +446,12 @@ class LRP:
         runner = self._program(inputs, frozenset(observed.values()), not relevance, given)
         output, tape = runner.forward(inputs)
         self._check_output(inputs, output)
-        begin, classes, single = self._start(output, targets, start)
-        maps = begin.shape[0]
-        r, at = runner.backward(tape, begin.flatten(0, 1))
+        begin = self._start(output, targets, start)
+        r, at = runner.backward(tape, begin.relevance.flatten(0, 1))
         if self.backend == "triton" and not relevance and r.ndim == 4 and r.shape[1] > 1:
             r = _triton().channel_sum(r).unsqueeze(1)
-        found = {name: at[index].unflatten(0, (maps, -1)) for name, index in observed.items()}
-        return _assemble(r.unflatten(0, (maps, -1)), found, output, classes, begin, single, relevance)
+        found = {name: at[index].unflatten(0, (begin.maps, -1)) for name, index in observed.items()}
+        return _assemble(r.unflatten(0, (begin.maps, -1)), found, output, begin, relevance)
 
     def _explain_reference(
         self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
@@ -441,10 +461,10 @@ class LRP:
         values = reference.forward(self.plan, double, inputs.double())
         output = values[self.plan.output]
         self._check_output(inputs, output)
-        begin, classes, single = self._start(output, targets, start)
-        results = [self._reference_backward(double, values, one).relevance for one in begin]
+        begin = self._start(output, targets, start)
+        results = [self._reference_backward(double, values, one).relevance for one in begin.relevance]
         found = {name: torch.stack([at[index] for at in results]) for name, index in observed.items()}
-        return _assemble(torch.stack([at[0] for at in results]), found, output, classes, begin, single, relevance)
+        return _assemble(torch.stack([at[0] for at in results]), found, output, begin, relevance)
 
     def _reference_backward(
         self, double: Mapping[str, Tensor], values: Sequence[Tensor], start: Tensor
@@ -452,8 +472,7 @@ class LRP:
         fold = self.composite.batch_norm
         return reference.backward(self.plan, double, self._assignments, fold, values, start)
 
-    def _start(self, output: Tensor, targets: _Targets, start: StartArgument) -> tuple[Tensor, Tensor, bool]:
-        """The start relevance K×N×classes, the classes K×N it belongs to, and whether K is 1 and not to be shown."""
+    def _start(self, output: Tensor, targets: _Targets, start: StartArgument) -> _Start:
         start = self.composite.start if start is None else start
         count, classes = output.shape
         if not isinstance(start, str):
@@ -472,11 +491,11 @@ class LRP:
                     f"target {int(chosen[bad][0])} is out of range: the model has classes 0 to {classes - 1}"
                 )
             chosen = chosen.to(output.device, non_blocking=True)
-        maps = chosen.t()  # K×N
-        values = torch.ones_like(output) if start == "one" else output if start == "logit" else output.softmax(1)
-        begin = values.new_zeros(len(maps), count, classes)
-        begin.scatter_(2, maps[..., None], values.expand(len(maps), -1, -1).gather(2, maps[..., None]))
-        return begin, maps, targets.single
+        # In float64, where the probability of a class that is out of the question is not zero.
+        values = output.double() if start == "logit" else output.double().softmax(1)
+        scale = values.new_ones(chosen.shape) if start == "one" else values.gather(1, chosen)
+        relevance = output.new_zeros(chosen.shape[1], count, classes).scatter_(2, chosen.t()[..., None], 1.0)
+        return _Start(relevance, chosen.t(), scale.t(), targets.single)
 
     def _observed(self, layers: Sequence[str]) -> dict[str, int]:
         if isinstance(layers, str) or not isinstance(layers, Collection) or any(not isinstance(x, str) for x in layers):
@@ -495,18 +514,20 @@ class LRP:
             raise ValueError(f"expected inputs N x C x H x W, none of it zero, got shape {tuple(inputs.shape)}")
 
     def _check_output(self, inputs: Tensor, output: Tensor) -> None:
-        """Raise ``TraceError`` unless the first image's logits are the model's own; once, until the model changes.
+        """Raise ``TraceError`` unless an image's logits are the model's own; once, until the model changes.
 
-        What was traced could be something else than what the model computes. With hooks it may be, as a warning says.
+        What was traced could be something else than what the model computes. With hooks it may be, as a warning says. The
+        image is the first whose logits are finite.
         """
         self._checked = self._checked or bool(hooked(self.model))
         if self._checked:
             return
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), inputs.dtype)
+        place = int(output.isfinite().all(1).int().argmax())
         with restored(self.model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the model warns of, its user has seen
-            expected = self.model(inputs[:1].to(dtype)).to(output)[0]
-        got, finite = output[0], expected.isfinite()
+            expected = self.model(inputs[place : place + 1].to(dtype))[0].double()
+        got, finite = output[place].double(), expected.isfinite()
         error = float((got - expected)[finite].norm() / expected[finite].norm().clamp(min=1e-6))
         bound = max(LOGITS_ERROR[self.dtype], LOGITS_ERROR.get(dtype, 0.0))
         same = error <= bound and torch.equal(got.isfinite(), finite)
@@ -517,10 +538,10 @@ class LRP:
         if broken:
             raise TraceError(f"weights are not finite (NaN or infinity): {', '.join(broken[:5])}")
         if not same and not bool(finite.all()):
-            raise TraceError("the model's own logits are not finite (NaN or infinity) on the first image")
+            raise TraceError(f"the model's own logits are not finite (NaN or infinity) on image {place}")
         if not same:
             raise TraceError(
-                f"the logits of what was traced are not the model's: off by {error:.1%} on the first image. Its forward asks "
+                f"the logits of what was traced are not the model's: off by {error:.1%} on image {place}. Its forward asks "
                 "what a trace cannot answer (about types, values or gradients), or an object that it reads was changed since "
                 "(then call refresh())"
             )
@@ -614,23 +635,30 @@ class _Recorded(_Runner):
     def __init__(self, program: Program) -> None:
         super().__init__(program, False)
         self._stream = torch.cuda.Stream()  # of this device: torch's own for recordings is of the first that recorded
+        self._done = torch.cuda.Event()  # the latest results are copied
         self._onward: _Recording | None = None
         self._back: dict[int, _Recording] = {}
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, None]:
         if self._onward is None:
             self._onward = self._record_forward(inputs)
+        torch.cuda.current_stream().wait_event(self._done)  # which another stream may be at
         output, _ = self._onward.replayed(inputs)
         return output.clone(), None
 
     def backward(self, tape: None, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        if start.shape[0] not in self._back:
-            self._back[start.shape[0]] = self._record_backward(start)
-        relevance, at = self._back[start.shape[0]].replayed(start)
-        return relevance.clone(), {step: found.clone() for step, found in at.items()}
+        maps = start.shape[0]
+        recording = self._back.pop(maps, None) or self._record_backward(start)
+        self._back[maps] = recording
+        while len(self._back) > MAPS_KEPT:
+            del self._back[next(iter(self._back))]
+        relevance, at = recording.replayed(start)
+        result = relevance.clone(), {step: found.clone() for step, found in at.items()}
+        self._done.record()
+        return result
 
     def _record_forward(self, inputs: Tensor) -> _Recording:
-        given = inputs.clone()
+        given = channels_last(inputs.to(self.program.dtype, copy=True))
         with _aside(self._stream):
             for _ in range(2):  # kernels are compiled and libraries choose their algorithms before the recording
                 output, tape = self.program.forward(given)
@@ -659,8 +687,13 @@ class _Recording:
     def of(work: Callable[[], Any], given: Tensor, stream: torch.cuda.Stream, pool: Any = None) -> _Recording:
         """``work`` as a graph. Other threads, such as those that pin memory, may go on using the device meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = work()
+        # cuBLAS's workspace belongs to the stream, and goes when one of its graphs does; a graph's own is taken while it records.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = work()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         return _Recording(graph, given, result)
 
     def replayed(self, values: Tensor) -> Any:
@@ -720,8 +753,25 @@ def _targets(target: Target, count: int) -> _Targets:
     return _Targets(classes if classes.ndim == 2 else classes[:, None], classes.ndim == 1)
 
 
-def _given_start(start: StartArgument, output: Tensor, targets: _Targets) -> tuple[Tensor, Tensor, bool]:
-    """A start relevance that the caller made: K×N×classes, with the predicted class as the target."""
+class _Start(NamedTuple):
+    """What is propagated, K×N×classes, for the classes K×N, and what the maps are multiplied with in the end, K×N float64.
+
+    So that relevance far below one does not underflow on its way. ``single``: K is 1 and not to be shown.
+    """
+
+    relevance: Tensor
+    classes: Tensor
+    scale: Tensor
+    single: bool
+
+    @property
+    def maps(self) -> int:
+        """How many of each image."""
+        return self.relevance.shape[0]
+
+
+def _given_start(start: StartArgument, output: Tensor, targets: _Targets) -> _Start:
+    """A start relevance that the caller made, with the predicted class as the target."""
     if targets.classes is not None:
         raise ValueError(
             "a start relevance given as a tensor or function names all classes itself; give no target with it"
@@ -736,33 +786,38 @@ def _given_start(start: StartArgument, output: Tensor, targets: _Targets) -> tup
     if not bool(begin.isfinite().all()):
         raise ValueError("the start relevance is not finite (NaN or infinity)")
     begin = begin[None] if given.ndim == 2 else begin.transpose(0, 1)
-    return begin, output.argmax(1).expand(begin.shape[0], -1), given.ndim == 2
+    scale = begin.new_ones(begin.shape[:2], dtype=torch.float64)
+    return _Start(begin, output.argmax(1).expand(begin.shape[0], -1), scale, given.ndim == 2)
 
 
 def _assemble(
-    relevance: Tensor, layers: Mapping[str, Tensor], output: Tensor, target: Tensor, start: Tensor, single: bool,
-    keep: bool,
-) -> Attribution:  # fmt: skip
-    """An attribution from results with the maps in front: K×N×…"""
+    relevance: Tensor, layers: Mapping[str, Tensor], output: Tensor, start: _Start, keep: bool
+) -> Attribution:
+    """An attribution from results with the maps in front, K×N×…, not scaled yet."""
 
     def placed(x: Tensor) -> Tensor:
-        x = x[0] if single else x.transpose(0, 1)
-        return (x if x.dtype == torch.float64 else x.float()).contiguous()
+        return (x[0] if start.single else x.transpose(0, 1)).contiguous()
 
-    relevance = placed(relevance)
-    channel = 1 if single else 2
-    heatmap = relevance.sum(channel)
-    total = heatmap.reshape(*heatmap.shape[:channel], -1).sum(channel, dtype=torch.float64)
-    begin = placed(start).sum(-1, dtype=torch.float64)
-    leak = torch.where((begin == 0) & (total == 0), 0.0, (begin - total) / begin)
+    def scaled(x: Tensor) -> Tensor:
+        precise = x.dtype == torch.float64
+        factor = start.scale if precise else start.scale.float()
+        return placed((x if precise else x.float()) * factor.reshape(*factor.shape, *[1] * (x.ndim - 2)))
+
+    total = relevance.sum(tuple(range(2, relevance.ndim)), dtype=torch.float64)
+    begin = start.relevance.sum(-1, dtype=torch.float64)
+    # Where contributions for and against cancel, all of them: what is lost is then still a share of something.
+    whole = torch.copysign(start.relevance.abs().sum(-1, dtype=torch.float64), begin)
+    leak = torch.where((whole == 0) & (total == 0), 0.0, (begin - total) / whole)
+    shares = scaled(relevance)
+    heatmap = shares.sum(1 if start.single else 2)
     return Attribution(
-        relevance=relevance if keep else None,
+        relevance=shares if keep else None,
         heatmap=heatmap,
-        target=(target[0] if single else target.t()).contiguous(),
+        target=placed(start.classes),
         output=output,
-        start=begin.to(heatmap.dtype),
-        leak=leak.to(heatmap.dtype),
-        layers={name: placed(found) for name, found in layers.items()},
+        start=placed(begin * start.scale).to(heatmap.dtype),
+        leak=placed(leak).to(heatmap.dtype),
+        layers={name: scaled(found) for name, found in layers.items()},
     )
 
 

@@ -53,16 +53,18 @@ def heat_quantize(heatmap: Tensor, levels: int = 8) -> Tensor:
     return ladder.gather(1, index).reshape(heatmap.shape)
 
 
-def heat_levels(heatmaps: Tensor, levels: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def heat_levels(heatmaps: Tensor, levels: int = 8, check: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Heat quantization as what is worth storing: which level each value has, and each map's ends.
 
     ``heatmaps``: floating tensor [N, H, W]. Returns the level indices, uint8 [N, H, W], and the minima and maxima, [N] in
     the maps' dtype; :func:`from_heat_levels` makes of them what :func:`heat_quantize` gives, bit for bit. Raises what
-    that raises, and ``ValueError`` for more than 256 levels or maps that are not [N, H, W].
+    that raises, and ``ValueError`` for more than 256 levels or maps that are not [N, H, W]. Without ``check`` the maps are
+    known to be in order, and a GPU is not waited for.
     """
     if not 2 <= levels <= 256:
         raise ValueError(f"levels that are stored as bytes are 2 to 256, got {levels}")
-    _check_maps(heatmaps)
+    if check:
+        _check_maps(heatmaps)
     if heatmaps.ndim != 3:
         raise ValueError(f"expected maps [N, H, W], got shape {list(heatmaps.shape)}")
     flat = heatmaps.flatten(1)

@@ -202,7 +202,10 @@ class Merge(Layer):
     def outline(self, inputs: Sequence[Tensor], parameters: Parameters) -> Tensor:
         first, second = inputs
         if first.shape != second.shape:
-            raise RuntimeError(f"the branches differ in shape: {tuple(first.shape)} and {tuple(second.shape)}")
+            raise RuntimeError(
+                f"the branches differ in shape: {tuple(first.shape)} and {tuple(second.shape)}, and a sum that repeats one of "
+                "them along an axis has no relevance rule"
+            )
         return first
 
 

@@ -207,6 +207,7 @@ class Plan:
                 spatial = ("L",) if weight.ndim == 3 else ("H", "W") if weight.ndim == 4 else ("D", "H", "W")
                 if len(shape) != weight.ndim or shape[1] != channels or 0 in shape:
                     expected = " x ".join(("N", str(channels), *spatial))
-                    raise ValueError(f"expected inputs of shape {expected}, got shape {tuple(shape)} ({step.name})")
+                    empty = ", which holds nothing" if 0 in shape else ""
+                    raise ValueError(f"expected inputs of shape {expected}, got shape {tuple(shape)}{empty} ({step.name})")
             elif isinstance(step.layer, Dense) and (len(shape) < 2 or shape[-1] != weight.shape[1] or 0 in shape):
                 raise ValueError(f"expected inputs of shape N x {weight.shape[1]}, got shape {tuple(shape)}")

@@ -55,7 +55,7 @@ class Stabilizer:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if not SMALLEST_EPSILON <= self.epsilon < math.inf:
+        if not (isinstance(self.epsilon, (int, float)) and SMALLEST_EPSILON <= self.epsilon < math.inf):
             raise ValueError(
                 f"a stabilizer needs a finite epsilon above zero, {SMALLEST_EPSILON:.1e} at least, got {self.epsilon!r}"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,30 +23,96 @@ def watched() -> bool:
 
 @contextmanager
 def float32_precision(tf32: bool) -> Iterator[None]:
-    """Run float32 convolutions and products in full precision, or in TF32 on a GPU if ``tf32``.
+    """Run float32 convolutions and products in full precision, or in TF32 on a GPU if ``tf32``, and by the same steps each time.
 
-    cuDNN uses TF32 unless told otherwise, and ``torch.set_float32_matmul_precision`` may have chosen less everywhere;
-    whatever was chosen before is chosen again afterwards.
+    cuDNN uses TF32 and algorithms that add in any order unless told otherwise, and ``torch.set_float32_matmul_precision``
+    may have chosen less everywhere; whatever was chosen before is chosen again afterwards. The settings are those of the
+    process: where several threads are inside, full precision wins, and the last to leave restores.
     """
-    backends: Any = torch.backends  # its precision settings are made at run time
-    on_gpu = "tf32" if tf32 else "ieee"
-    # cuDNN's two go together: PyTorch refuses to answer for cuDNN as a whole while they differ.
-    wanted = [(setting, on_gpu) for setting in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)]
-    wanted += [(setting, "ieee") for setting in (backends.mkldnn.conv, backends.mkldnn.matmul)]
-    before = [setting.fp32_precision for setting, _ in wanted]
-    # "none" is full precision too, and need not be touched
-    changes = [
-        (setting, old, new)
-        for (setting, new), old in zip(wanted, before, strict=True)
-        if old != new and not (old == "none" and new == "ieee")
-    ]
+    with _lock:
+        _inside.append(tf32)
+        _choose()
     try:
-        for setting, _, new in changes:
-            setting.fp32_precision = new
         yield
     finally:
-        for setting, old, _ in changes:
-            # What follows a wider setting reads as that one's value: let it follow again.
-            setting.fp32_precision = "none"
-            if setting.fp32_precision != old:
-                setting.fp32_precision = old
+        with _lock:
+            _inside.remove(tf32)
+            _choose()
+
+
+_lock = threading.Lock()
+_inside: list[bool] = []
+"""Of every scope under way, whether it asks for TF32."""
+_chosen: bool | None = None
+_undo: list[Callable[[], object]] = []
+"""What makes the settings the caller's again, last first."""
+
+
+def _choose() -> None:
+    global _chosen
+    wanted = all(_inside) if _inside else None
+    if wanted is _chosen:
+        return
+    while _undo:
+        _undo.pop()()
+    _chosen = wanted
+    if wanted is None:
+        return
+    backends: Any = torch.backends  # its precision settings are made at run time
+    on_gpu = "tf32" if wanted else "ieee"
+    _choose_products(wanted, on_gpu)
+    if _differs(backends.cudnn.conv, on_gpu):
+        # In some releases cuDNN's two, untouched, follow what is set for it as a whole, and once set never again.
+        _set(backends.cudnn, on_gpu)
+    # They go together: PyTorch refuses to answer for cuDNN as a whole while they differ.
+    for setting in (backends.cudnn.conv, backends.cudnn.rnn):
+        if _differs(setting, on_gpu):
+            _set(setting, on_gpu)
+    for setting in (backends.mkldnn.conv, backends.mkldnn.matmul):
+        if _differs(setting, "ieee"):
+            _set(setting, "ieee")
+    if not torch._C._get_cudnn_deterministic():
+        torch._C._set_cudnn_deterministic(True)
+        _undo.append(partial(torch._C._set_cudnn_deterministic, False))
+
+
+def _choose_products(tf32: bool, on_gpu: str) -> None:
+    """By the older setting too, which libraries still ask for, and PyTorch does not answer where the two differ."""
+    backends: Any = torch.backends
+    products = (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in products]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # they differ already
+        older = ""
+    if not _differs(products[0], on_gpu) and older != "medium":  # which a CPU has its own idea of
+        return
+    if not older:
+        _set(products[0], on_gpu)
+        return
+
+    def undo() -> None:
+        torch.set_float32_matmul_precision(older)
+        for setting, old in zip(products, before, strict=True):
+            _restore(setting, old)
+
+    _undo.append(undo)
+    backends.cuda.matmul.allow_tf32 = tf32
+
+
+def _differs(setting: Any, wanted: str) -> bool:
+    """Whether a setting must be changed; "none" is full precision too."""
+    found = setting.fp32_precision
+    return bool(found != wanted and not (found == "none" and wanted == "ieee"))
+
+
+def _set(setting: Any, wanted: str) -> None:
+    _undo.append(partial(_restore, setting, setting.fp32_precision))
+    setting.fp32_precision = wanted
+
+
+def _restore(setting: Any, old: str) -> None:
+    # What follows a wider setting reads as that one's value: let it follow again.
+    setting.fp32_precision = "none"
+    if setting.fp32_precision != old:
+        setting.fp32_precision = old

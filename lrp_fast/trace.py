@@ -130,19 +130,19 @@ def trace(model: nn.Module) -> Plan:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    check_eval(model)
-    hooks = hooked(model)
-    if hooks:
-        warnings.warn(
-            f"forward hooks at {', '.join(hooks[:5])} are not run and not part of the explanation",
-            stacklevel=5,  # where LRP or explain was called
-        )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TraceError(f"{type(model).__name__} runs copies of a model; give the model itself, its .module")
     if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model):
         raise TraceError(
             f"{type(model).__name__}: its forward is compiled or was replaced on the object, so what it computes "
             "cannot be traced; give the plain module (before torch.compile or torch.jit)"
+        )
+    check_eval(model)
+    hooks = hooked(model)
+    if hooks:
+        warnings.warn(
+            f"forward hooks at {', '.join(hooks[:5])} are not run and not part of the explanation",
+            stacklevel=5,  # where LRP or explain was called
         )
     _check_questions(model)
     tracer = _Tracer()
@@ -173,7 +173,9 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 def check_eval(model: nn.Module) -> None:
     """Raise :class:`TraceError` if any module of a model is in training mode."""
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    modules = model.named_modules()
+    # torch.fx holds what it keeps in plain modules, made in training mode, which compute nothing.
+    training = [path or type(model).__name__ for path, one in modules if one.training and type(one) is not nn.Module]
     if training:
         raise TraceError(
             f"the model is in training mode ({', '.join(training[:5])}{', ...' if len(training) > 5 else ''}): "

@@ -24,6 +24,7 @@ from torch.nn.utils import prune
 
 from lrp_fast import LRP, Composite, Splits, TraceError, heat_quantize, list_composites
 from lrp_fast.engine import Program
+from lrp_fast.explain import _Recorded
 from lrp_fast.rules import Epsilon, Gamma
 from networks import CifarResNet, calibrated, relative_error
 
@@ -157,7 +158,9 @@ def test_attribute_is_captums(model: nn.Module, images: Tensor) -> None:
     relevance = explainer.attribute(images, target=2)
     assert isinstance(relevance, Tensor)
     assert relevance.shape == images.shape
-    again, delta = explainer.attribute(images, target=2, return_convergence_delta=True)
+    again, delta = explainer.attribute(images, 2, None, True)  # captum's order
+    with pytest.raises(TypeError, match="a model of one tensor, got additional_forward_args of tuple"):
+        explainer.attribute(images, 2, (1,))
     assert torch.equal(relevance, again)
     start = explainer.explain(images, 2).start
     assert torch.allclose(delta, start - relevance.flatten(1).sum(1), atol=1e-6)
@@ -370,6 +373,70 @@ def test_weights_on_several_devices_are_refused_at_every_call(images: Tensor) ->
     for _ in range(2):
         with pytest.raises(ValueError, match=r"lie on several devices \(cpu, meta|meta, cpu\)"):
             explainer.explain(images)
+
+
+def test_auto_is_decided_anew_where_the_model_has_gone(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.device, torch.dtype]] = []
+
+    def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+        seen.append((device, dtype))
+        return ("reference" if dtype == torch.float64 else "torch"), ""
+
+    monkeypatch.setattr("lrp_fast.explain._choose_backend", choose)
+    model = calibrated(CifarResNet(1), 3, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    assert explainer.backend == "torch"
+    model.double()
+    explainer.explain(images.double())
+    assert explainer.backend == "reference"
+    model.float()
+    explainer.explain(images)
+    assert explainer.backend == "torch"
+    cpu = torch.device("cpu")
+    assert list(dict.fromkeys(seen)) == [(cpu, torch.float32), (cpu, torch.float64)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("factor", [20, 40])
+def test_a_class_out_of_the_question_has_its_map(images: Tensor, backend: str, factor: float) -> None:
+    """Relevance far below one would underflow in float32 on its way; the map is scaled in the end."""
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    with torch.no_grad():
+        last = [*model.modules()][-1]
+        last.weight *= factor / model(images).std()
+        last.bias *= 0
+    explainer = LRP(model, "conserving", backend=backend)
+    target = model(images).argmin(1)
+    result, unit = (explainer.explain(images, target, start=start, layers=("blocks.1",)) for start in (None, "one"))
+    assert float(result.probability.max()) < 10.0 ** (-factor / 2)
+    assert float(result.leak.abs().max()) <= 1e-5
+    assert torch.equal(result.leak, unit.leak)
+    scale = result.probability.view(-1, 1, 1).to(unit.heatmap.dtype)
+    torch.testing.assert_close(result.heatmap, unit.heatmap * scale, rtol=1e-5, atol=1e-44)
+    layer = unit.layers["blocks.1"] * scale[..., None]
+    torch.testing.assert_close(result.layers["blocks.1"], layer, rtol=1e-5, atol=1e-44)
+
+
+def test_the_leak_of_what_speaks_for_and_against(model: nn.Module, images: Tensor) -> None:
+    """A start whose sum is zero has no relative leak to its sum."""
+    start = torch.zeros(len(images), model(images).shape[1])
+    start[:, 0], start[:, 1] = 1.0, -1.0
+    explainer = LRP(model, "conserving")
+    result = explainer.explain(images, start=start)
+    assert float(result.leak.abs().max()) <= 1e-5
+    assert not bool(result.start.any())
+    negative = explainer.explain(images, start=-torch.eye(start.shape[1])[:1].repeat(len(images), 1))
+    assert torch.allclose(negative.leak, explainer.explain(images, 0, start="one").leak, atol=1e-6)
+
+
+def test_the_first_image_in_order_shows_that_the_model_is_the_one_traced(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    bright = images.clone()
+    bright[0] = torch.finfo(images.dtype).max * images[0].sign()
+    bright[1] *= 1e25
+    got = LRP(model).explain(bright)
+    assert bool(got.heatmap[0].isnan().any())
+    assert torch.equal(got.heatmap[2:], LRP(model).explain(images).heatmap[2:])
 
 
 def test_writes_through_data_need_a_refresh(images: Tensor) -> None:
@@ -649,18 +716,25 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     stream = mock.Mock()
     for name, stand_in in {
-        "CUDAGraph": _Graph, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: mock.Mock(),
+        "CUDAGraph": _Graph, "graph": graph, "Stream": lambda: stream, "current_stream": lambda: mock.Mock(), "Event": mock.Mock,
         "stream": lambda stream: nullcontext(),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
     return begun
 
 
+def pretend_to_record(explainer: LRP, images: Tensor) -> None:
+    """Which is refused without a device until it has found its place."""
+    explainer.explain(images[:1])
+    explainer._programs.clear()
+    explainer.cuda_graph = True
+
+
 def test_a_recording_that_fails_is_not_replayed(
     model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]
 ) -> None:
     explainer = LRP(model, backend="torch")
-    explainer.cuda_graph = True
+    pretend_to_record(explainer, images)
     with pytest.raises(torch.OutOfMemoryError):
         explainer.explain(images)
     got = explainer.explain(images)
@@ -673,11 +747,28 @@ def test_a_recording_that_fails_is_not_replayed(
     assert len(recordings) == 3
 
 
+def test_a_recording_takes_inputs_of_any_dtype_and_keeps_few(
+    model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]
+) -> None:
+    recordings.append({})
+    explainer = LRP(model, backend="torch")
+    pretend_to_record(explainer, images)
+    output = explainer.explain(images.bfloat16()).output
+    (runner,) = explainer._programs.values()
+    assert isinstance(runner, _Recorded)
+    assert runner._onward is not None
+    for maps in (2, 1, 3):
+        relevance, _ = runner.backward(None, output.repeat(maps, 1))
+        assert len(relevance) == maps * len(images)
+    assert runner._onward.given.dtype == torch.float32
+    assert list(runner._back) == [len(images), 3 * len(images)]
+
+
 def test_a_recording_is_freed_at_once(model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]) -> None:
     """It holds the memory of a whole explanation, which nobody should wait for a garbage collector to get back."""
     recordings.append({})
     explainer = LRP(model, backend="torch")
-    explainer.cuda_graph = True
+    pretend_to_record(explainer, images)
     explainer.explain(images)
     held = [weakref.ref(runner) for runner in explainer._programs.values()]
     gc.disable()

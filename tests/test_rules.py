@@ -64,7 +64,7 @@ STABILIZED: dict[str, Callable[[float], Rule]] = {
 }
 
 
-@pytest.mark.parametrize("epsilon", [0.0, -1e-6, 1e-40, math.nan, math.inf])
+@pytest.mark.parametrize("epsilon", [0.0, -1e-6, 1e-40, math.nan, math.inf, "1e-6", None])
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_a_stabilizer_must_be_above_zero(factory: str, epsilon: float) -> None:
     with pytest.raises(ValueError, match="finite epsilon above zero"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,6 +97,61 @@ def test_what_was_chosen_stays_chosen() -> None:
         pass
     backends.fp32_precision = "ieee"
     assert backends.mkldnn.conv.fp32_precision == "bf16"
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("choice", ["nothing", "medium", "high", "generic ieee"])
+def test_the_older_settings_answer_inside(choice: str, tf32: bool) -> None:
+    """Inductor, for one, asks for them."""
+    choose(choice)
+    with float32_precision(tf32):
+        assert backends.cuda.matmul.allow_tf32 is tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+
+
+def test_what_nobody_chose_still_follows_what_is_chosen_later() -> None:
+    """In a process where nothing was set yet: what is read once and written back is chosen for good."""
+    program = """
+import torch
+from lrp_fast.scopes import float32_precision
+{}
+torch.backends.fp32_precision = "ieee"
+print(torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+"""
+    said = [
+        subprocess.run([sys.executable, "-c", program.format(used)], capture_output=True, text=True, check=True).stdout
+        for used in ("", "with float32_precision(False): pass", "with float32_precision(True): pass")
+    ]
+    assert said[0] == said[1] == said[2] != ""
+
+
+def test_full_precision_wins_between_threads_and_the_last_restores() -> None:
+    before = settings()
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with float32_precision(False):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with float32_precision(True):
+        assert backends.cudnn.conv.fp32_precision == "tf32"
+        thread.start()
+        assert entered.wait(60)
+        assert backends.cudnn.conv.fp32_precision == "ieee"
+    assert backends.cudnn.conv.fp32_precision == "ieee"
+    leave.set()
+    thread.join()
+    assert settings() == before
+
+
+def test_algorithms_inside_add_in_the_same_order_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chosen in (False, True):
+        monkeypatch.setattr(backends.cudnn, "deterministic", chosen)
+        with float32_precision(False):
+            assert backends.cudnn.deterministic
+        assert backends.cudnn.deterministic is chosen
 
 
 @pytest.mark.parametrize("choice", CALLERS_CHOICES)

@@ -836,6 +836,15 @@ def test_norm_of_what_others_read() -> None:
     check(randomised(net(_norm_of_the_output, last=nn.BatchNorm1d(5))), (2, 3, 4, 4))
 
 
+def test_a_model_that_torch_fx_has_traced_is_the_model_itself() -> None:
+    """What holds its modules' modules is in training mode, and computes nothing."""
+    model = randomised(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Flatten(), nn.Linear(16, 2)).eval())
+    again = torch.fx.symbolic_trace(model)
+    assert again.get_submodule("0").training
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(LRP(again).explain(x).heatmap, LRP(model).explain(x).heatmap)
+
+
 def test_training_mode() -> None:
     model = net(lambda net, x: head(net, net.conv1(x)))
     with pytest.raises(TraceError, match=r"training mode .*eval\(\)"):
@@ -981,3 +990,6 @@ def test_copies_of_a_model_are_not_the_model() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2)).eval()
     with pytest.raises(TraceError, match=r"give the model itself, its \.module"):
         trace(nn.DataParallel(model).eval())
+    with pytest.raises(TraceError, match=r"give the model itself, its \.module"):
+        trace(nn.DataParallel(model).train())
+    model.eval()

@@ -28,10 +28,16 @@ from lrp_fast import LRP, Composite, Splits, heat_quantize, list_composites
 from lrp_fast.backends.triton import choice as choice_module
 from lrp_fast.backends.triton.choice import Choice, Choices, Task
 from lrp_fast.backends.triton.launch import OPERATORS, Operator
+from lrp_fast.backends.triton.linear import FusedLinear
 from lrp_fast.backends.triton.merges import FusedMerge
-from lrp_fast.kernels.common import Arrival
+from lrp_fast.batches import BatchExplainer, Decoded, on_device
+from lrp_fast.engine import Program
+from lrp_fast.kernels import spatial_conv
+from lrp_fast.kernels.common import Arrival, End
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.rules import AlphaBeta, Flat, Gamma, Rule, WSquare, ZBox, ZPlus
+from lrp_fast.scopes import float32_precision
+from lrp_fast.store import DONE, FAILED, Layout
 from networks import CifarResNet, calibrated, relative_error
 
 
@@ -129,12 +135,6 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(SHAPE).to(DEVICE)  # the same on every device
-
-
-@pytest.fixture(autouse=True)
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of cuDNN's algorithms add in any order."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 @pytest.fixture
@@ -379,6 +379,17 @@ def test_wide_groups_have_kernels(images: Tensor) -> None:
     error, launched = compared(model.eval(), images, "epsilon_alpha2_beta1")
     assert error <= 1e-3
     assert launched["spatial_gated"] == 5
+
+
+@pytest.mark.usefixtures("fused_everywhere")
+def test_no_two_groups_share_a_sum_of_dead_relevance(images: Tensor) -> None:
+    """Groups of 20 channels behind a layer whose zero-guard sums every eight of them."""
+    model = calibrated(SmallResNet(groups=2, width=40), 3, (8, 3, 25, 27)).to(DEVICE)
+    composite = Composite.named("conserving").with_rule("layer1.0.branch.3", ZPlus())
+    error, launched = compared(model, images, composite)
+    assert error <= 1e-5
+    assert launched["spatial_gated"] == 1
+    assert launched["spatial_backward"] > 0
 
 
 @pytest.mark.parametrize("composite", ["otsuki2024", "conserving"])
@@ -660,9 +671,13 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -
     assert choice_module.cache_folder() == tmp_path / "x" / "lrp_fast"
 
 
-def tuned(model: nn.Module, composite: str, choices: Choices, timed: Any, **options: Any) -> str:
+def program_of(model: nn.Module, composite: str = "otsuki2024", **options: Any) -> Program:
     explainer = LRP(model, composite, backend="triton", **options)
-    program = explainer._program(torch.randn(SHAPE, device=DEVICE), frozenset(), False).program
+    return explainer._program(torch.randn(SHAPE, device=DEVICE), frozenset(), False).program
+
+
+def tuned(model: nn.Module, composite: str, choices: Choices, timed: Any, **options: Any) -> str:
+    program = program_of(model, composite, **options)
     return backend.tune(program.units, program.passes, SHAPE[0], choices, timed)
 
 
@@ -717,6 +732,16 @@ def test_rules_and_splits_are_measured_apart(model: nn.Module) -> None:
     assert measured[2][::2] == [2 * forward, 17]
 
 
+@pytest.mark.parametrize("ends", [1, 2])
+def test_tiles_tried_backward_are_those_that_hold_its_ends(model: nn.Module, ends: int) -> None:
+    layer = next(one for one in program_of(model).passes if isinstance(one, FusedLinear) and not one.pointwise)
+    gates = torch.ones(SHAPE[0], *layer.x_shape[1:], layer.x_shape[0], device=DEVICE)
+    tuning = importlib.import_module("lrp_fast.backends.triton.tune")
+    tried = [choice.blocks for choice, _ in tuning._of_backward(layer, SHAPE[0], lambda: Arrival((End(gates),) * ends))]
+    columns, inner = layer.x_shape[0], layer.shape[0]
+    assert tried == [None, *spatial_conv.candidates(columns, inner, ends, torch.float32, "ieee")]
+
+
 @pytest.mark.parametrize("composite", ["otsuki2024", "conserving"])
 def test_what_is_timed_backward_is_what_runs(
     model: nn.Module, images: Tensor, composite: str, monkeypatch: pytest.MonkeyPatch
@@ -758,6 +783,21 @@ def test_what_does_not_fit_while_tuning_keeps_its_default(
     assert not choices.measured
     assert "fused" in report
     assert "library" in report
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of infinities
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_an_image_that_overflows_has_no_map_and_the_others_have_theirs(
+    model: nn.Module, images: Tensor, composite: str
+) -> None:
+    explainer = LRP(model, composite, backend="triton")
+    expected = explainer.explain(images)
+    bright = torch.cat([images, torch.finfo(torch.float32).max * images[:1].sign()])
+    got = explainer.explain(bright)
+    assert relative_error(got.heatmap[:-1], expected.heatmap) <= 1e-6
+    assert bool(got.output[-1].isnan().any())
+    assert bool(got.heatmap[-1].isnan().any())
+    assert bool(got.leak[-1].isnan())
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------
@@ -826,3 +866,62 @@ def test_tune_on_the_device(
 @gpu
 def test_auto_is_triton_on_a_gpu(model: nn.Module) -> None:
     assert LRP(model).backend == "triton"
+
+
+@gpu
+def test_a_model_that_moves_is_explained_where_it_is(model: nn.Module, images: Tensor) -> None:
+    explainer = LRP(model)
+    expected = explainer.explain(images).heatmap
+    model.cpu()
+    got = explainer.explain(images.cpu()).heatmap
+    assert explainer.backend == "torch"
+    assert relative_error(got, expected.cpu()) <= 1e-5
+    model.to(DEVICE)
+    assert relative_error(explainer.explain(images).heatmap, expected) <= 1e-6
+    assert explainer.backend == "triton"
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving", "epsilon_plus"])
+def test_two_runs_give_the_same_bits(composite: str, dtype: torch.dtype) -> None:
+    """Though cuDNN has algorithms that add in any order."""
+    model = calibrated(SmallResNet(width=64), 5, (8, 3, 25, 27)).to(DEVICE)
+    x = torch.randn(*((32, 3, 224, 224) if DEVICE.type == "cuda" else SHAPE), device=DEVICE)
+    first, second = (LRP(model, composite, backend="triton", dtype=dtype).explain(x).heatmap for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@gpu
+@pytest.mark.parametrize("size", [(64, 56), (128, 28), (256, 14), (512, 7)])
+def test_a_library_s_convolution_of_zeros_is_zero(size: tuple[int, int]) -> None:
+    """A zero-guard and ε take it for granted; an algorithm that transforms tiles (Winograd's) would leave their rounding."""
+    channels, side = size
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.rand(32, channels, side, side, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x[..., : side // 2] = 0
+    with torch.no_grad(), float32_precision(False):
+        stacked = F.conv2d(x, torch.cat([conv.weight, conv.weight.clamp(min=0)]), padding=1)
+        back = F.conv_transpose2d(x, conv.weight, padding=1)
+    for found in (stacked, back):
+        assert not bool(found[..., : side // 2 - 1].any())
+
+
+@gpu
+def test_rows_of_a_store_from_the_device(model: nn.Module) -> None:
+    """Copied to the host by a stream of their own while the next batch is computed."""
+    layout = Layout(24, 8, 25, 25, relevance={"layer1": (24, 7, 7)}, channels={"layer2": 40})
+    batches = [Decoded(index, torch.randn(8, 3, 25, 25), [""] * 8) for index in range(3)]
+    batches[1].reasons[3] = "not a picture"
+    found = []
+    for device in (torch.device("cpu"), DEVICE):
+        explainer = BatchExplainer(LRP(copy.deepcopy(model).to(device), dtype=torch.float32), layout)
+        explained = [explainer.explain(batch) for batch in on_device(batches, device)]
+        found.append([one.rows(layout) for one in explained])
+    for expected, rows in zip(*found, strict=True):
+        for name in ("status", "reason", "target"):
+            assert rows[name].tolist() == expected[name].tolist()
+        for name in ("heatmap", "channels/layer2", "relevance/layer1"):
+            largest = abs(expected[name]).max()
+            assert abs(rows[name].astype(float) - expected[name]).max() <= 2e-3 * largest  # float16 of a scale
+        assert rows["status"].tolist() == [FAILED if reason else DONE for reason in rows["reason"]]
