@@ -348,7 +348,8 @@ def second_denominator(first, second, gamma, KIND: tl.constexpr):
         return first + gamma * (first - second)
     elif KIND == "signs":
         # What is not below zero is so by rounding, and ε has its sign.
-        return tl.minimum(first - second, -SMALLEST, propagate_nan=tl.PropagateNan.ALL)
+        rest = first - second
+        return tl.where(rest > -SMALLEST, -SMALLEST, rest)
     else:
         return second
 

@@ -10,7 +10,7 @@ import fnmatch
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lrp_fast.layers import AdaptiveMaxPool, Average, Dense, Linear, MaxPool, Merge
 from lrp_fast.plan import Plan, Step
@@ -117,6 +117,21 @@ class Composite:
         """This composite with other splits at its merges."""
         return replace(self, splits=as_splits(split))
 
+    def record(self) -> dict[str, Any]:
+        """Everything that decides what a composite does, as JSON; its name alone does not, as :meth:`with_rule` keeps it."""
+        layers = ("convolution", "dense", "stem", "max_pool", "average_pool")
+        overrides = {str(place): f"{_text(pattern)}: {rule!r}" for place, (pattern, rule) in enumerate(self.overrides)}
+        return {
+            "composite": self.name,
+            "splits": str(self.splits),
+            "rules": {
+                **{each: repr(getattr(self, each)) for each in layers},
+                "overrides": overrides,
+                "batch_norm": self.batch_norm,
+                "start": self.start,
+            },
+        }
+
     def assign(self, plan: Plan) -> tuple[Assignment, ...]:
         """What every step of a plan gets; raises ``ValueError`` where that is undefined or an override fits nothing."""
         self._check_overrides(plan)
@@ -150,6 +165,10 @@ class Composite:
             if not any(_fits(pattern, step) for step in linear):
                 names = ", ".join(step.name for step in linear[:20])
                 raise ValueError(f"the rule for {pattern!r} fits no linear layer of the model; there are: {names}")
+
+
+def _text(pattern: str | type) -> str:
+    return pattern if isinstance(pattern, str) else f"{pattern.__module__}.{pattern.__qualname__}"
 
 
 def _fits(pattern: str | type, step: Step) -> bool:

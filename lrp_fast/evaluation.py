@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lrp_fast.composites import Composite
 from lrp_fast.data import Source
 from lrp_fast.explain import Attribution
 from lrp_fast.images import ImageError, decode_image
@@ -46,13 +47,14 @@ from lrp_fast.metrics import (
     relevance_mass,
     relevance_rank,
 )
+from lrp_fast.metrics.insertion_deletion import check_step
 from lrp_fast.models import LoadedModel
 from lrp_fast.pipeline import weights_hash
 from lrp_fast.report.evaluation import EvaluationReport, Shown, write_report
 from lrp_fast.report.folder import ForeignFileError, printable, write_whole
 from lrp_fast.report.gallery import Failure, percent
 from lrp_fast.report.scores import METRICS, PROTOCOLS, Entry, Floats, MethodScores, Row, file_name, sanity_failures
-from lrp_fast.store import check_settings
+from lrp_fast.store import check_settings, differences
 from lrp_fast.version import VERSION
 
 logger = logging.getLogger("lrp_fast")
@@ -79,7 +81,8 @@ class EvaluationError(Exception):
 class EvaluationOptions:
     """What is measured, and on which pictures.
 
-    ``metrics``, ``protocols``: of ``METRICS`` and ``PROTOCOLS``; ``target``: the class explained, ``"predicted"`` or
+    ``metrics``, ``protocols``: of ``METRICS`` and ``PROTOCOLS``, where localisation needs masks unless all metrics are
+    asked for; ``target``: the class explained, ``"predicted"`` or
     ``"label"``; ``limit``: pictures drawn with ``seed``, ``None`` for all; ``per_class``: the same number of each class;
     ``batch_size``: pictures explained at a time; ``patch``, ``step``, ``baseline``: as of
     :func:`lrp_fast.metrics.insertion_deletion`, ``step=None`` for the published share (1 % of the patches);
@@ -119,6 +122,11 @@ class EvaluationOptions:
         if self.step is not None:
             return self.step
         return max(1, round(PUBLISHED_SHARE * (-(-size // self.patch)) ** 2))
+
+    def check_size(self, size: int) -> None:
+        """Raise ``ValueError`` if a single step shows all of a picture of ``size`` x ``size`` pixels."""
+        for protocol in sorted(self.protocols, reverse=True) if "insertion-deletion" in self.metrics else ():
+            check_step(size, size, self.patch, self.step_for(size), protocol)
 
 
 def draw_sample(source: Source, options: EvaluationOptions) -> list[int]:
@@ -217,8 +225,8 @@ class Sample:
 def load_sample(source: Source, loaded: LoadedModel, options: EvaluationOptions) -> Sample:
     """Read, decode and classify the pictures of the sample, on the model's device.
 
-    A picture that cannot be read, or whose mask cannot, is skipped. Raises :class:`EvaluationError` if all are, or if
-    labels do not fit.
+    A picture that cannot be read, or whose mask cannot, is skipped. Raises :class:`EvaluationError` if all are, if labels
+    do not fit, or if localisation was asked for without masks.
     """
     indices = draw_sample(source, options)
     labels = match_labels(source, loaded.classes)[indices]
@@ -241,6 +249,12 @@ def load_sample(source: Source, loaded: LoadedModel, options: EvaluationOptions)
         masks.append(np.zeros(shape, bool) if mask is None else np.asarray(loaded.preprocessing.frame(mask)) >= 128)
     if not kept:
         raise EvaluationError(f"none of the {len(indices)} pictures can be read; the first: {skipped[0].reason}")
+    named = "localisation" in options.metrics and set(options.metrics) != set(METRICS)
+    if named and not np.any(masks):
+        raise EvaluationError(
+            f"metric 'localisation' needs a source with masks; none of the {len(kept)} pictures has one (--masks gives a "
+            "folder's)"
+        )
     known, shown = labels[kept], np.stack(pixels)
     predicted = _classify(loaded, shown, options.batch_size)
     measured = known if labelled else predicted
@@ -283,12 +297,13 @@ class EvaluationOutcome:
 class Evaluation:
     """Measures methods on a sample of a source: ``Evaluation(loaded, source, options, device).into(folder, methods)``.
 
-    Raises :class:`EvaluationError` for labels, classes or pictures that do not fit.
+    Raises :class:`EvaluationError` for labels, classes, masks or pictures that do not fit, ``ValueError`` for such a step.
     """
 
     def __init__(
         self, loaded: LoadedModel, source: Source, options: EvaluationOptions, device: torch.device | None = None
     ) -> None:
+        options.check_size(loaded.preprocessing.crop)
         self.options = options
         self._device = device or torch.device("cpu")
         self._loaded, self._source, self._model = loaded, source, loaded.model.to(self._device)
@@ -310,7 +325,8 @@ class Evaluation:
         a failure and the others go on; it is tried again by the next run. Ctrl-C ends the run early, with all finished
         methods kept. ``on_method`` hears every method's name as its turn comes, ``on_batch`` how many more pictures it
         has done, ``on_failure`` of those that fail. Raises ``SettingsError`` if the folder was begun with other
-        settings, ``ForeignFileError`` if it holds something else, ``OSError`` if it cannot be written.
+        settings, :class:`EvaluationError` if with another composite of the same name, ``ForeignFileError`` if it holds
+        something else, ``OSError`` if it cannot be written.
         """
         wanted = with_controls(methods)
         record = self.settings()
@@ -362,7 +378,8 @@ class Evaluation:
         self, files: _Files, name: str, method: Method, on_batch: Callable[[int], None]
     ) -> MethodScores | Failure:
         """A method's numbers: from the folder, or measured and put there."""
-        scores = files.load(name)
+        about = _about(method)
+        scores = files.load(name, about)
         if scores is not None:
             on_batch(len(self.sample))
             return scores
@@ -374,13 +391,13 @@ class Evaluation:
         finally:
             if isinstance(method, PreparedMethod):
                 method.forget()
-        files.save(scores)
+        files.save(scores, about)
         return scores
 
     def _with_sanity(self, files: _Files, scores: MethodScores, method: Method) -> MethodScores:
         """The same with its parameter randomization: from the folder, or made and put there."""
-        count = min(self.options.sanity, len(self.sample))
-        curve = files.load_sanity(scores.name, count)
+        count, about = min(self.options.sanity, len(self.sample)), _about(method)
+        curve = files.load_sanity(scores.name, count, about)
         if curve is None:
             inputs, targets = self._inputs_and(self.sample.targets, slice(count))
             try:
@@ -388,7 +405,7 @@ class Evaluation:
             except Exception as error:  # as in _obtain
                 logger.info("parameter randomization of %s failed", scores.name, exc_info=True)
                 return replace(scores, sanity_reason=_reason(error))
-            files.save_sanity(scores.name, count, curve)
+            files.save_sanity(scores.name, count, curve, about)
         return replace(scores, sanity=curve)
 
     def _measure(self, name: str, method: Method, on_batch: Callable[[int], None]) -> MethodScores:
@@ -535,6 +552,15 @@ def with_controls(methods: Mapping[str, Method]) -> dict[str, Method]:
     return {**methods, **{name: find_method(name) for name in RANDOM_CONTROLS if name not in methods}}
 
 
+def _about(method: Method) -> dict[str, Any]:
+    """What decides the maps of a method of ours beside its name, which a user may choose; others are known by that alone."""
+    if not isinstance(method, LRPMethod):
+        return {}
+    composite = method.composite if isinstance(method.composite, Composite) else Composite.named(method.composite)
+    composite = composite if method.split is None else composite.with_split(method.split)
+    return {**composite.record(), "levels": method.levels}
+
+
 def machine(device: torch.device) -> str:
     """What seconds were measured on: a GPU's name, or the processor's and the number of threads."""
     if device.type == "cuda":
@@ -592,9 +618,9 @@ class _Files:
         _check_settings(about, record)
         self._results.mkdir(exist_ok=True)
 
-    def load(self, name: str) -> MethodScores | None:
+    def load(self, name: str, about: Mapping[str, Any]) -> MethodScores | None:
         """What was measured of a method; ``None`` if that was not done yet."""
-        found = self._load(name, "")
+        found = self._load(name, "", about)
         if found is None:
             return None
         parts: dict[str, dict[str, Any]] = {"value": {}, "curve": {}, "fraction": {}, "": {}}
@@ -606,30 +632,30 @@ class _Files:
             name, parts["value"], parts["curve"], parts["fraction"], plain["maps"], str(plain["machine"])
         )
 
-    def save(self, scores: MethodScores) -> None:
+    def save(self, scores: MethodScores, about: Mapping[str, Any]) -> None:
         arrays: dict[str, Any] = {"maps": scores.maps, "machine": np.array(scores.machine)}
         for kind, each in (("value", scores.values), ("curve", scores.curves), ("fraction", scores.fractions)):
             arrays |= {f"{kind}.{key}": array for key, array in each.items()}
-        self._save(scores.name, "", arrays)
+        self._save(scores.name, "", arrays, about)
 
-    def load_sanity(self, name: str, count: int) -> RandomizationCurve | None:
+    def load_sanity(self, name: str, count: int, about: Mapping[str, Any]) -> RandomizationCurve | None:
         """A method's parameter randomization on so many pictures; ``None`` if that was not done yet."""
-        found = self._load(name, f"-sanity-{count}")
+        found = self._load(name, f"-sanity-{count}", about)
         if found is None:
             return None
         stages = tuple(map(str, found["stages"]))
         tensors = (torch.from_numpy(found[key]) for key in ("spearman", "spearman_magnitude", "cosine"))
         return RandomizationCurve(stages, *tensors)
 
-    def save_sanity(self, name: str, count: int, curve: RandomizationCurve) -> None:
+    def save_sanity(self, name: str, count: int, curve: RandomizationCurve, about: Mapping[str, Any]) -> None:
         tensors = {"spearman": curve.spearman, "spearman_magnitude": curve.spearman_magnitude, "cosine": curve.cosine}
         arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
-        self._save(name, f"-sanity-{count}", {"stages": np.array(curve.stages), **arrays})
+        self._save(name, f"-sanity-{count}", {"stages": np.array(curve.stages), **arrays}, about)
 
     def _file(self, name: str, suffix: str) -> Path:
         return self._results / f"{file_name(name)}{suffix}.npz"
 
-    def _load(self, name: str, suffix: str) -> dict[str, npt.NDArray[Any]] | None:
+    def _load(self, name: str, suffix: str, about: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]] | None:
         file = self._file(name, suffix)
         if not file.exists():
             return None
@@ -637,16 +663,22 @@ class _Files:
             with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 found = {key: arrays[key] for key in arrays.files}
             stamp = (str(found.pop("method")), str(found.pop("fingerprint")))
+            before = json.loads(str(found.pop("about", "{}")))
         except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
             raise EvaluationError(f"{file} is damaged ({error}); delete it to measure {name} again") from error
         if stamp != (name, self._fingerprint):
             raise EvaluationError(f"{file} is not of {name} with these settings; delete it to measure {name} again")
+        if differing := differences(before, about):
+            raise EvaluationError(f"{file} is of another {name}; delete it to measure {name} again: {differing}")
         return found
 
-    def _save(self, name: str, suffix: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def _save(
+        self, name: str, suffix: str, arrays: Mapping[str, npt.NDArray[Any]], about: Mapping[str, Any]
+    ) -> None:
         buffer = io.BytesIO()
-        stamp = {"method": np.array(name), "fingerprint": np.array(self._fingerprint)}
-        np.savez_compressed(buffer, allow_pickle=False, **stamp, **arrays)
+        stamp = {"method": name, "fingerprint": self._fingerprint, "about": json.dumps(about)}
+        texts = {key: np.array(text) for key, text in stamp.items()}
+        np.savez_compressed(buffer, allow_pickle=False, **texts, **arrays)
         write_whole(self._file(name, suffix), buffer.getvalue())
 
 

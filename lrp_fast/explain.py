@@ -145,6 +145,7 @@ class LRP:
         self.cuda_graph = cuda_graph
         self.keep_memory, self._keeps_memory = keep_memory, False
         self._backend, self._dtype = backend, dtype  # as asked for
+        self.backend = backend
         if compile and backend == "reference":
             raise ValueError("compile=True is for the torch and triton backends, got backend 'reference'")
         self._one_at_a_time: AbstractContextManager[object] = threading.RLock() if cuda_graph else nullcontext()
@@ -328,12 +329,11 @@ class LRP:
     def _settle(self) -> None:
         """Where and in what to compute, and by which backend: where the model is now."""
         self.device, self.dtype = self._place(self._parameters)
-        before, self.backend = getattr(self, "backend", ""), self._backend
-        if self.backend == "auto":
-            self.backend, why = _choose_backend(self.device, self.dtype)
+        if self._backend == "auto":
+            before, (self.backend, why) = self.backend, _choose_backend(self.device, self.dtype)
             if self.backend != before:
                 logger.info("backend: %s (%s, %s)%s", self.backend, self.device, self.dtype, why)
-        elif self.backend == "triton":
+        elif self._backend == "triton":
             _triton().check_device(self.device, self.dtype)
         if self.cuda_graph and (self.device.type != "cuda" or self.compile or self.backend == "reference"):
             raise ValueError(

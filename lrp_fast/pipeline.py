@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -200,8 +202,7 @@ class Pipeline:
             "model": loaded.name,
             "weights_sha256": weights_hash(loaded.model),
             "model_classes": list(loaded.classes),
-            "composite": explainer.composite.name,
-            "splits": str(explainer.composite.splits),
+            **explainer.composite.record(),
             "dtype": str(explainer.dtype).removeprefix("torch."),
             "backend": explainer.backend,
             "device": torch.cuda.get_device_name(explainer.device) if on_gpu else explainer.device.type,
@@ -212,6 +213,7 @@ class Pipeline:
                 "torch": str(torch.__version__),
                 "numpy": np.__version__,
                 "pillow": PIL.__version__,
+                **({"triton": importlib.import_module("triton").__version__} if explainer.backend == "triton" else {}),
             },
         }
 
@@ -256,7 +258,11 @@ class Pipeline:
         sampler: Any = list(pending)
         loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **options)
         try:
-            yield from loader
+            with _interrupted_afterwards():
+                if workers:
+                    _start_fork_server()
+                decoded = iter(loader)
+            yield from decoded
         # What comes of a worker that was killed, in whatever it was doing.
         except (RuntimeError, OSError, EOFError) as error:
             raise PipelineError(f"a decoding process ended: {(str(error).splitlines() or ['killed'])[0]}") from error
@@ -313,6 +319,37 @@ def _check_shared_memory(workers: int, batch_bytes: int) -> None:
             f"{free / 1e6:.0f} MB left: take fewer --workers (0: none), a smaller --batch-size, or, in a container, give "
             "it more (docker run --shm-size=8g)"
         )
+
+
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """What would interrupt the start of the workers does so after it: they would look for what is gone by then."""
+    interrupting = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.default_int_handler
+    ]
+    heard: list[int] = []
+    for number in interrupting:
+        signal.signal(number, lambda received, frame: heard.append(received))
+    try:
+        yield
+    finally:
+        for number in interrupting:
+            signal.signal(number, signal.default_int_handler)
+    if heard:
+        raise KeyboardInterrupt
+
+
+def _start_fork_server() -> None:
+    """Start the server that forks the workers, with Ctrl-C blocked in both: it reaches all processes of a terminal."""
+    resource_tracker.ensure_running()  # the server's start begins with this, which would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(worker: int) -> None:

@@ -43,6 +43,8 @@ CHANNELS, RELEVANCE, RELEVANCE_SCALE = "channels/", "relevance/", "relevance_sca
 INPUT = "input"
 """The name under which the relevance of the pictures themselves is stored, beside those of layers."""
 LOCK = ".lock"
+MOST_COMPARED = 6
+"""How many settings that differ are told with both values; of the others the names."""
 _WHOLE_STORE = 1 << 40
 """A byte of the lock file that stands for the store as a whole; the bytes before it are its shards."""
 
@@ -127,7 +129,7 @@ class Layout:
         """Finite maps [n, H, W] as their stored fields; scaled maps err by at most 2^-11 of a value or 2^-25 of the scale."""
         values = heatmaps.detach().float()
         if self.levels is not None:
-            return dict(zip(("heatmap", "low", "high"), heat_levels(values, self.levels), strict=True))
+            return dict(zip(("heatmap", "low", "high"), heat_levels(values, self.levels, check=False), strict=True))
         return dict(zip(("heatmap", "scale"), _scaled(values), strict=True))
 
     def encode_relevance(self, layer: str, relevance: Tensor) -> dict[str, Tensor]:
@@ -726,12 +728,18 @@ def check_settings(
 
     Settings may be nested; the error names each that differs, with both values.
     """
+    listed = differences(found, wanted, adopted)
+    if listed:
+        raise SettingsError(f"{path} was begun with other settings, so it cannot be continued with these: {listed}")
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], adopted: Collection[str] = ()) -> str:
+    """The settings that differ, but for the names in ``adopted``, as text: each with both values; empty if none does."""
     there, here = dict(_flat(found)), dict(_flat(wanted))
     names = sorted((there.keys() | here.keys()) - set(adopted))
     names = [name for name in names if there.get(name) != here.get(name)]
-    if names:
-        listed = "; ".join(f"{name}: {there.get(name)!r:.200} there, {here.get(name)!r:.200} now" for name in names)
-        raise SettingsError(f"{path} was begun with other settings, so it cannot be continued with these: {listed}")
+    told = [f"{name}: {there.get(name)!r:.200} there, {here.get(name)!r:.200} now" for name in names[:MOST_COMPARED]]
+    return "; ".join(told + ([f"and {', '.join(names[MOST_COMPARED:])}"] if names[MOST_COMPARED:] else []))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -44,8 +44,10 @@ def draw_with_an_empty_file(folder: Path, count: int = 30) -> Path:
     return folder
 
 
-def setup(loaded: LoadedModel, composite: str = "otsuki2024", split: str | None = None, **options: Any) -> Setup:
-    rules = Composite.named(composite)
+def setup(
+    loaded: LoadedModel, composite: str | Composite = "otsuki2024", split: str | None = None, **options: Any
+) -> Setup:
+    rules = composite if isinstance(composite, Composite) else Composite.named(composite)
     return Setup(loaded, rules if split is None else replace(rules, splits=as_splits(split)), **options)
 
 

@@ -262,6 +262,40 @@ def test_a_second_run_replaces_ours_and_explains_none_of_them(weights: Path, tmp
     assert not np.allclose(before, np.load(output / "a.npy"))
 
 
+def test_a_second_run_leaves_nothing_of_the_first(weights: Path, tmp_path: Path) -> None:
+    """What it wrote is told by its own list, and another file of the folder stays."""
+    files, output = [draw(tmp_path / f"{name}.png") for name in "abcd"], tmp_path / "out"
+    assert attribute(weights, files, output, "--composite", "conserving").exit_code == 0
+    (output / "mine.npy").write_bytes(b"mine")
+    assert attribute(weights, files[1], output).exit_code == 0
+    assert sorted(file.name for file in output.glob("*.*")) == sorted(
+        [".lrp-fast-files", "b.jpg", "b.npy", "b.png", "index.html", "mine.npy", "results.csv"]
+    )
+    assert np.allclose(np.load(output / "b.npy"), expected(weights, [files[1]]).heatmap[0], rtol=1e-3, atol=1e-6)
+    result = attribute(weights, output / "b.jpg", output)
+    assert (result.exit_code, "b.jpg was written there by an earlier run" in one_line_of_error(result)) == (2, True)
+    assert (output / "b.jpg").exists()
+
+
+def test_a_second_run_interrupted_at_once_leaves_the_first(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, output = draw(tmp_path / "a.png"), tmp_path / "out"
+    assert attribute(weights, file, output).exit_code == 0
+    before = {path: path.read_bytes() for path in output.glob("[!.]*")}
+
+    def interrupted(self: LRP, *arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LRP, "explain", interrupted)
+    for folder in (output, tmp_path / "new"):
+        result = attribute(weights, file, folder)
+        assert (result.exit_code, result.stdout) == (130, "")
+        assert f"interrupted before anything was done; {folder} holds what it held" in one_line_of_error(result)
+    assert {path: path.read_bytes() for path in output.glob("[!.]*")} == before
+    assert not (tmp_path / "new" / "results.csv").exists()
+
+
 def test_foreign_files_are_kept(weights: Path, tmp_path: Path) -> None:
     file, output = draw(tmp_path / "a.png"), tmp_path / "out"
     photograph = draw(output / "a.png").read_bytes()
@@ -281,6 +315,7 @@ def test_foreign_files_are_kept(weights: Path, tmp_path: Path) -> None:
         (["--split", "identity=ratio,projection=nonsense"], "unknown split 'nonsense'"),
         (["--target", "3"], "class 3 is not among the model's 3, 0 to 2"),
         (["--target", "-1"], "class -1 is not among"),
+        (["--target=--5"], "no class is called '--5'; the model has 3"),
         (["--target", "cow"], "no class is called 'cow'; the model has 3: ant, bee, =wasp"),
         (["--model", "resnet81"], "unknown model 'resnet81'"),
         (["--backend", "nonsense"], "unknown backend 'nonsense'"),
@@ -513,6 +548,40 @@ def test_ctrl_c_leaves_a_store_that_goes_on(weights: Path, tmp_path: Path) -> No
     done = int(re.findall(r"(\d+) of 300 explained", output)[0])
     assert 0 < done < 300
     assert int((open_store(store).status[:] == 1).sum()) == done
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_ctrl_c_while_the_decoding_processes_start(tmp_path: Path, seconds: float) -> None:
+    """The server that forks them imports for a while, and hears of it too."""
+    pytest.importorskip("zarr")
+    arguments = ["--source", "embedded:2000", "--size", 32, "--batch-size", 2, "--workers", 2, "-o", tmp_path / "store"]
+    command = [sys.executable, "-m", "lrp_fast", "attribute-dataset", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not _has_a_fork_server(process.pid):
+            if time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"no decoding processes after a minute: {process.communicate()}")
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1:] == ["error: interrupted; the same command continues"]
+    assert "Traceback" not in errors
+
+
+def _has_a_fork_server(session: int) -> bool:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(process.name)) == session and b"forkserver" in (process / "cmdline").read_bytes():
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            continue
+    return False
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_same_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(table(tmp_path / "out")) == ["first", "edges", "random", "random-two-level"]
     assert (tmp_path / "out" / "sanity.png").exists()
 
-    result = evaluate(tmp_path / "out", *arguments, "--patch", 2, "--protocol", "rank")
+    result = evaluate(tmp_path / "out", *arguments, "--patch", 2, "--step", 700, "--protocol", "rank")
     assert result.exit_code == 2
     assert "patch: 1 there, 2 now; protocols: ['rank', 'threshold'] there, ['rank'] now" in error_of(result)
     (tmp_path / "other").mkdir()
@@ -173,6 +173,9 @@ def test_masks_of_a_folder(tmp_path: Path) -> None:
             float(table(tmp_path / "drawn")["edges"][key])
         )
     assert evaluate(tmp_path / "x", *arguments, "--masks", tmp_path / "masks").exit_code == 2
+    without = evaluate(tmp_path / "x", *arguments, source=tmp_path / "in")
+    assert (without.exit_code, "needs a source with masks" in error_of(without)) == (1, True)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -191,6 +194,8 @@ def test_masks_of_a_folder(tmp_path: Path) -> None:
         (("--methods", "edges", "--device", "tpu:9"), "'tpu:9' cannot be used"),
         (("--methods", "edges", "--interpolation", "sharp"), "interpolation"),
         (("--methods", "edges", "--kind", "zip"), "unknown kind 'zip'"),
+        (("--methods", "edges", "--step", 4096), "--step, --patch: step 4096: one step shows all"),
+        (("--methods", "edges", "--patch", 64, "--step", 1), "1 patch of 64 x 64; expected a smaller patch"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:

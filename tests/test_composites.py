@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -112,6 +113,24 @@ ASSIGNED: dict[str, tuple[Rule, Rule, Rule, str]] = {  # stem, other convolution
     "epsilon_alpha2_beta1_flat": (Flat(), AlphaBeta(2.0, 1.0), Epsilon(1e-6), "fold"),
     "epsilon_gamma_box": (ZBox(), Gamma(0.25), Epsilon(1e-6), "fold"),
 }  # fmt: skip
+
+
+def test_whatever_differs_in_a_composite_differs_in_its_record() -> None:
+    composite = Composite.named("otsuki2024").with_rule("layer1.*", Gamma(0.25))
+    changes: dict[str, object] = {
+        "name": "mine", "convolution": replace(composite.convolution, stabilizer=Stabilizer(1e-4)), "dense": Epsilon(),
+        "stem": None, "max_pool": replace(composite.max_pool, stabilizer=Stabilizer(1e-4)),
+        "average_pool": composite.max_pool, "batch_norm": "fold", "splits": Splits("ratio", "signed"), "start": "one",
+        "overrides": (("layer1.*", Gamma(0.5)),),
+    }  # fmt: skip
+    assert {*changes, "description"} == {field.name for field in fields(Composite)}
+    others = [replace(composite, **{name: value}) for name, value in changes.items()]  # type: ignore[arg-type]
+    first, second = ("layer1.*", Gamma(0.25)), (nn.Linear, Gamma(0.5))
+    others += [replace(composite, overrides=both) for both in ((first, second), (second, first))]
+    records = [json.dumps(each.record(), sort_keys=True) for each in (composite, *others)]
+    assert len(set(records)) == len(records)
+    assert "torch.nn.modules.linear.Linear: Rule(name='gamma'" in records[-1]
+    assert Composite.named("otsuki2024").with_rule("layer1.*", Gamma(0.25)).record() == composite.record()
 
 
 def test_the_table_holds_every_composite() -> None:

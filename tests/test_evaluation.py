@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lrp_fast import LRP, heat_quantize
+from lrp_fast import LRP, Composite, heat_quantize
 from lrp_fast.data import Source, open_source
 from lrp_fast.embedded import CLASSES
 from lrp_fast.evaluation import (
@@ -33,7 +33,7 @@ from lrp_fast.evaluation import (
     with_controls,
 )
 from lrp_fast.images import decode_image
-from lrp_fast.methods import Method, find_method
+from lrp_fast.methods import LRPMethod, Method, find_method
 from lrp_fast.metrics import (
     Interval,
     bootstrap,
@@ -202,6 +202,20 @@ def test_other_settings_are_refused_and_named(loaded: LoadedModel, source: Sourc
     with pytest.raises(SettingsError, match="preprocessing.crop: 64 there, 56 now"):
         smaller.into(evaluated.folder, {})
     assert {path: path.stat().st_mtime_ns for path in evaluated.folder.rglob("*")} == before
+
+
+def test_a_composite_of_the_same_name_is_another_method(loaded: LoadedModel, source: Source, tmp_path: Path) -> None:
+    evaluation = Evaluation(loaded, source, dataclasses.replace(OPTIONS, metrics=("leak",), shown=1, sanity=1))
+    mild, strong = (Composite.named("epsilon_gamma_box", gamma=gamma) for gamma in (0.25, 9.0))
+    evaluation.into(tmp_path, {"mine": LRPMethod(mild)})
+    for other, named in ((LRPMethod(strong), r"rules\.convolution"), (LRPMethod(mild, levels=2), "levels: None there, 2")):
+        with pytest.raises(EvaluationError, match=f"delete it to measure mine again: {named}"):
+            evaluation.into(tmp_path, {"mine": other})
+    with pytest.raises(EvaluationError, match="splits: 'signed' there, 'ratio' now"):
+        evaluation.into(tmp_path, {"mine": LRPMethod("epsilon_gamma_box", "ratio")})
+    first = (tmp_path / "table.csv").read_text()
+    evaluation.into(tmp_path, {"mine": LRPMethod("epsilon_gamma_box", "signed")})  # the same, said otherwise
+    assert (tmp_path / "table.csv").read_text() == first
 
 
 def test_what_is_not_an_evaluation_is_left_alone(loaded: LoadedModel, source: Source, tmp_path: Path) -> None:
@@ -428,6 +442,16 @@ def test_pictures_that_cannot_be_read_are_skipped(loaded: LoadedModel, source: S
         load_sample(open_source(tmp_path / "in"), loaded, OPTIONS)
 
 
+def test_localisation_that_was_asked_for_needs_masks(loaded: LoadedModel, source: Source, tmp_path: Path) -> None:
+    draw_folder(tmp_path / "in", source)
+    without = open_source(tmp_path / "in")
+    for metrics in (("localisation",), ("localisation", "time")):
+        with pytest.raises(EvaluationError, match="'localisation' needs a source with masks; none of the 6 pictures has"):
+            Evaluation(loaded, without, dataclasses.replace(OPTIONS, metrics=metrics))
+        load_sample(source, loaded, dataclasses.replace(OPTIONS, metrics=metrics))
+    assert not load_sample(without, loaded, OPTIONS).masks.any()  # of all metrics it is left out
+
+
 def test_masks_come_through_the_same_frame(loaded: LoadedModel, source: Source) -> None:
     sample = load_sample(source, loaded, OPTIONS)
     assert np.array_equal(sample.masks, pictures(source, loaded)[1].numpy())
@@ -444,6 +468,23 @@ def test_options_are_checked() -> None:
     assert EvaluationOptions().step_for(224) == 500
     assert EvaluationOptions(patch=7).step_for(224) == round(1024 * 500 / 224**2)
     assert EvaluationOptions(step=3).step_for(224) == 3
+
+
+def test_a_step_that_shows_all_is_refused_before_any_picture_is_read(loaded: LoadedModel, source: Source) -> None:
+    rank, both = {"patch": 8, "protocols": ("rank",)}, {"patch": 8}
+    for wrong, said in (
+        ({**rank, "step": 64}, r"step 64: .* of 64 x 64 pixels, 64 patches of 8 x 8; expected a step of at most 63"),
+        ({**both, "step": 63}, r"expected a step of at most 62 \(threshold"),  # whose first mask holds one patch more
+        ({"patch": 64}, "1 patch of 64 x 64; expected a smaller patch"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Evaluation(loaded, Unreadable(), EvaluationOptions(**wrong))  # type: ignore[arg-type]
+    for right in ({**rank, "step": 63}, {**both, "step": 62}, {"step": 5000, "metrics": ("time",)}):
+        EvaluationOptions(**right).check_size(SIZE)  # type: ignore[arg-type]
+
+
+class Unreadable:
+    """No source: whatever is asked of it is an error of another kind."""
 
 
 # The report.

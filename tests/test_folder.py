@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lrp_fast.images import MANIFEST
 from lrp_fast.report.folder import (
     COLUMNS,
     ForeignFileError,
@@ -95,9 +96,60 @@ def test_our_files_are_replaced_and_foreign_ones_never(tmp_path: Path) -> None:
     with pytest.raises(ForeignFileError, match=r"did not write: dog\.png$"), OutputFolder(tmp_path, ["dog.png"]):
         pass
     assert (tmp_path / "dog.png").read_bytes() == b"a photograph"
-    with OutputFolder(tmp_path, ["cat.png"]):  # other files in the folder do no harm
-        pass
+    with OutputFolder(tmp_path, ["cat.png"]) as folder:  # other files in the folder do no harm
+        folder.write("cat.png", b"third")
     assert len(table(tmp_path)) == 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_a_later_run_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    for names in (["a.png", "a.npy"], ["b.png", "b.npy", "b.jpg"]):
+        with OutputFolder(tmp_path, names) as folder:
+            for name in names:
+                folder.write(name, name.encode())
+            folder.add_row(Row(names[0]))
+            folder.write("index.html", b"page")
+        (tmp_path / "notes.txt").write_text("mine")
+        (tmp_path / "c.npy").write_text("mine too")
+        assert contents(tmp_path).keys() - {"notes.txt", "c.npy"} == {*names, "results.csv", "index.html", MANIFEST}
+    assert [row[0] for row in table(tmp_path)] == ["file", "b.png"]
+    (tmp_path / "a.png").write_text("a photograph of that name")
+    with OutputFolder(tmp_path, ["b.png"]) as folder:
+        folder.add_row(Row("b.png"))
+    assert contents(tmp_path).keys() == {"a.png", "notes.txt", "c.npy", "results.csv", MANIFEST}
+
+
+def test_until_something_is_written_an_earlier_run_stays(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path, ["a.png"]) as folder:
+        folder.write("a.png", b"a")
+        folder.add_row(Row("a.png"))
+        folder.write("index.html", b"page")
+    before = contents(tmp_path)
+    with OutputFolder(tmp_path, ["b.png"]) as folder:
+        assert not folder.begun
+    after = contents(tmp_path)
+    assert sorted(after.pop(MANIFEST).splitlines()) == sorted(before.pop(MANIFEST).splitlines())
+    assert after == before
+
+
+def test_a_list_that_was_tampered_with_removes_nothing_else(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    (output / "deep" / "folder.png").mkdir(parents=True)
+    precious = [tmp_path / "a.png", output / "deep" / "b.png", output / "c.txt", output / ".d.png"]
+    for file in precious:
+        file.write_text("precious")
+    (output / "link.png").symlink_to(tmp_path / "a.png")
+    (output / "e.png").mkdir()
+    names = ["../a.png", str(tmp_path / "a.png"), "deep/b.png", "c.txt", ".d.png", "link.png", "e.png", "..", "", "\0.png"]
+    (output / MANIFEST).write_text("\n".join(names))
+    with OutputFolder(output, ["new.png"]) as folder:
+        folder.write("new.png", b"x")
+    assert all(file.read_text() == "precious" for file in precious)
+    assert (output / "e.png").is_dir()
+    assert not (output / "link.png").is_symlink()
 
 
 @pytest.mark.parametrize("name", ["results.csv", "index.html"])

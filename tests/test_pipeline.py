@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,17 +21,20 @@ import pytest
 import torch
 from PIL import Image
 
-from lrp_fast import LRP, heat_quantize
+from lrp_fast import LRP, Composite, heat_quantize
 from lrp_fast.batches import NOT_FINITE, PipelineError, find_batch_size, is_out_of_memory
 from lrp_fast.data import FileSource, Source, open_source
 from lrp_fast.images import load_picture
 from lrp_fast.models import LoadedModel, load_model
 from lrp_fast.pipeline import Pipeline, Progress, bytes_per_image, weights_hash
+from lrp_fast.rules import Gamma
 from lrp_fast.store import DONE, FAILED, Part, SettingsError, open_store
 from runs import CPU, assert_same_bits, draw, draw_classes, everything, failures, run, setup, small
 
 SIZE, COUNT = 32, 30
-
+OTSUKI = Composite.named("otsuki2024")
+GENTLE = OTSUKI.with_rule("layer1.*", Gamma(0.1))
+"""It has the same name."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -341,6 +345,8 @@ def test_the_size_of_a_store_whose_files_go_meanwhile(
         ({}, {"composite": "epsilon"}, "composite: 'otsuki2024' there, 'epsilon' now"),
         ({}, {"split": "symmetric"}, "splits: 'ratio' there, 'symmetric' now"),
         ({}, {"dtype": torch.float64}, "dtype: 'float32' there, 'float64' now"),
+        ({}, {"composite": GENTLE}, "rules.overrides.0: None there, \"layer1.*: Rule(name='gamma', parameters=(('gamma', 0.1)"),
+        ({}, {"composite": replace(OTSUKI, start="logit")}, "rules.start: 'probability' there, 'logit' now"),
     ],
 )
 def test_changed_settings_are_refused(
@@ -356,6 +362,37 @@ def test_changed_settings_are_refused(
     with pytest.raises(SettingsError) as error:
         run(loaded, pictures, store, explainer, **options)
     assert named in str(error.value)
+
+
+def test_a_run_is_not_continued_by_other_rules_of_the_same_name(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(result: Any, call: int) -> None:
+        if call == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LRP, "explain", spoiled(LRP.explain, change))
+        assert run(loaded, pictures, tmp_path / "s", {"composite": GENTLE}).interrupted
+    for other in (OTSUKI, OTSUKI.with_rule("layer1.*", Gamma(0.2)), GENTLE.with_rule("layer1.0.*", Gamma(0.1))):
+        with pytest.raises(SettingsError, match=r"with these: rules\.overrides"):
+            run(loaded, pictures, tmp_path / "s", {"composite": other})
+    assert int((open_store(tmp_path / "s").status[:] == DONE).sum()) == 16
+    run(loaded, pictures, tmp_path / "s", {"composite": OTSUKI.with_rule("layer1.*", Gamma(0.1))})
+    run(loaded, pictures, tmp_path / "whole", {"composite": GENTLE})
+    assert_same_bits(tmp_path / "s", tmp_path / "whole")
+
+
+def test_a_store_that_does_not_say_its_rules_is_read_and_not_continued(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        names = {"composite": "otsuki2024", "splits": "ratio"}  # all that was recorded once
+        patched.setattr(Composite, "record", lambda self: names)
+        run(loaded, pictures, tmp_path / "s")
+    assert abs(open_store(tmp_path / "s").heatmap[:]).max() > 0
+    with pytest.raises(SettingsError, match=r"with these: rules\.average_pool: None there, .*; and rules\.stem$"):
+        run(loaded, pictures, tmp_path / "s")
 
 
 def test_another_model_or_data_set_is_refused(loaded: LoadedModel, pictures: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from lrp_fast.store import (
     Store,
     StoreError,
     StoreWriter,
+    check_settings,
     open_store,
 )
 
@@ -405,6 +406,16 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         pass
     assert str(error.value).endswith("channels.layer1.0: 3 there, None now; levels: None there, 8 now")
     assert_equal(everything(open_store(tmp_path / "s")), before)
+
+
+def test_of_many_differences_the_first_are_told_with_their_values() -> None:
+    one, other = ({f"s{place}": value for place in range(9)} for value in ("x" * 300, "y" * 300))
+    with pytest.raises(SettingsError) as error:
+        check_settings(Path("s"), one, other)
+    told = str(error.value).split("with these: ")[1].split("; ")
+    assert [text[: len("s0: 'xxx")] for text in told[:6]] == [f"s{place}: 'xxx" for place in range(6)]
+    assert told[6:] == ["and s6, s7, s8"]
+    check_settings(Path("s"), one, {**one, "s0": 1, "s9": 2}, {"s0", "s9"})
 
 
 def test_foreign_places_are_left_alone(tmp_path: Path) -> None:

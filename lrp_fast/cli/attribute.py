@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lrp_fast.composites import Composite
 from lrp_fast.explain import BACKENDS
 from lrp_fast.heatmap import MOST_LEVELS, default_smoothing
-from lrp_fast.images import find_images
+from lrp_fast.images import find_images, written_into
 from lrp_fast.models import LoadedModel, load_model
 from lrp_fast.report import PAGE, Failure, Outcome, Run, RunOptions
 from lrp_fast.version import VERSION
@@ -54,7 +54,9 @@ def attribute(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGES...", help="Picture files, and folders that are searched for them.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for overlays, maps, table and gallery.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder for results; those of an earlier run are replaced.")
+    ],
     model: ModelOption = None,
     weights: WeightsOption = None,
     composite: CompositeOption = DEFAULT_COMPOSITE,
@@ -100,7 +102,7 @@ def attribute(
 
 def _parse_target(text: str, classes: Sequence[str]) -> int:
     """``--target``: a number, or a class name in any case, of which there must be exactly one."""
-    if text.lstrip("-").isdecimal():
+    if text.removeprefix("-").isdecimal():
         if not 0 <= int(text) < len(classes):
             raise UsageError(f"--target: class {text} is not among the model's {len(classes)}, 0 to {len(classes) - 1}")
         return int(text)
@@ -121,6 +123,10 @@ def _find_files(images: Sequence[Path], output: Path) -> list[Path]:
         if path.is_dir() and path.resolve() == output.resolve():
             raise UsageError(f"--output: {output} is also a folder of pictures to explain; results need their own")
     files = find_images(images, exclude=output)
+    written = written_into(output)
+    for file in files:
+        if file.name in written and output.resolve() in (file.parent.resolve(), file.resolve().parent):
+            raise UsageError(f"--output: {file} was written there by an earlier run, and would be replaced by this one")
     if not files:
         raise UsageError(f"no picture files in {', '.join(map(str, images))}")
     return files
@@ -168,6 +174,8 @@ def run_with_progress(run: Run, output: Path, files: Sequence[Path], settings: M
 
 def report(outcome: Outcome, output: Path) -> None:
     """Say what was done and leave with the exit code that tells."""
+    if not outcome.begun:
+        stop(f"interrupted before anything was done; {output} holds what it held", EXIT_INTERRUPTED)
     numbers = outcome.summary()
     failed = f", [yellow]{numbers['failed']} failed[/]" if "failed" in numbers else ""
     leak = f"; mean leak {numbers['mean leak']}" if "mean leak" in numbers else ""

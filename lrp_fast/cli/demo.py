@@ -24,7 +24,9 @@ from .common import DEFAULT_COMPOSITE, UsageError, app, make_explainer, print_ta
 @app.command()
 @reporting()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for overlays, maps, table and gallery.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder for results; those of an earlier run are replaced.")
+    ],
 ) -> None:
     """Explain the package's own pictures with its own network; no network connection needed."""
     from lrp_fast.embedded import embedded_pictures

@@ -124,6 +124,10 @@ def evaluate(
     )
     loaded = override_preprocessing(load_model(model, weights, size), resize, mean, std, interpolation)
     try:
+        options.check_size(loaded.preprocessing.crop)
+    except ValueError as error:
+        raise UsageError(f"--step, --patch: {error}") from error
+    try:
         evaluation = Evaluation(loaded, samples, options, place)
         outcome = _run_with_progress(evaluation, output, chosen)
     except EvaluationError as error:

@@ -49,8 +49,8 @@ class InsertionDeletion:
     def insertion(self) -> Tensor:
         """Area under each insertion curve, N, by the trapezoid rule.
 
-        ``"threshold"``: over the points, divided by points − 1 (a single point: its value), as published. ``"rank"``:
-        over the fractions, so that a last step that is shorter counts for less; otherwise noise would score above 0.
+        ``"threshold"``: over the points, divided by points − 1, as published. ``"rank"``: over the fractions, so that a
+        last step that is shorter counts for less; otherwise noise would score above 0.
         """
         return self.insertion_curve @ self.weights
 
@@ -98,7 +98,7 @@ def insertion_deletion(
         Side of a square patch in pixels; those at the lower and right edge may be smaller. A patch counts by its largest
         relevance.
     step
-        By how many patches one mask exceeds the one before.
+        By how many patches one mask exceeds the one before; fewer than one mask needs to hold all patches.
     order
         ``"rank"``: strictly by relevance, tied patches in a random order; masks of 0, step, 2·step, … and all n patches.
         ``"threshold"`` (the published protocol): mask i of ⌈n/step⌉ holds every patch at least as relevant as the one of
@@ -119,8 +119,8 @@ def insertion_deletion(
     Raises
     ------
     ValueError, TypeError
-        Arguments that do not fit, values that are not finite (the text names the samples), labels that the model has no
-        class for, a model in training mode.
+        Arguments that do not fit (see :func:`check_step`), values that are not finite (the text names the samples),
+        labels that the model has no class for, a model in training mode.
     """
     check_eval(model)
     for name, value in (("patch", patch), ("step", step), ("batch_size", batch_size)):
@@ -129,6 +129,7 @@ def insertion_deletion(
     _check_choice("order", order, ORDERS)
     _check_choice("baseline", baseline, BASELINES)
     _check_tensors(model, images, heatmaps, labels)
+    check_step(images.shape[2], images.shape[3], patch, step, order)
     largest = int(labels.max())
     black, layout = _black(images, mean, std), _memory_format(model, images)
     curves, forward_passes = [], 0
@@ -286,14 +287,27 @@ def _memory_format(model: nn.Module, images: Tensor) -> torch.memory_format:
 
 
 def _trapezoid(places: Tensor) -> Tensor:
-    """The weights of the trapezoid rule at ``places`` from 0 to 1, float64 [points]; of a single place 1."""
-    if len(places) == 1:
-        return torch.ones_like(places)
+    """The weights of the trapezoid rule at ``places`` from 0 to 1, float64 [points]."""
     halves = places.diff() / 2
     return F.pad(halves, (0, 1)) + F.pad(halves, (1, 0))
 
 
 # Arguments.
+
+
+def check_step(height: int, width: int, patch: int, step: int, order: str) -> None:
+    """Raise ``ValueError`` if one step shows all of a picture: every map would have the same curves.
+
+    That is a step of all patches, or by ``"threshold"``, whose first mask holds one patch more, of all but one.
+    """
+    patches = -(-height // patch) * -(-width // patch)
+    largest = patches - (2 if order == "threshold" else 1)
+    if step > largest:
+        expected = f"a step of at most {largest}" if largest > 0 else "a smaller patch"
+        raise ValueError(
+            f"step {step}: one step shows all of a picture of {height} x {width} pixels, {patches} "
+            f"{'patches' if patches > 1 else 'patch'} of {patch} x {patch}; expected {expected} ({order} protocol)"
+        )
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

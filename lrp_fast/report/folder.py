@@ -1,7 +1,7 @@
 """A folder of results: what its files are called, what may be replaced in it, and its table ``results.csv``.
 
-A folder remembers in ``.lrp-fast-files`` which of its files are ours. Those are replaced by a later run; a file that
-somebody else put there never is.
+A folder remembers in ``.lrp-fast-files`` which of its files are ours. Those are removed once a later run has something to
+put in their place; a file that somebody else put there never is.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import io
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Literal, TextIO
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,9 @@ from lrp_fast.images import MANIFEST, written_into
 
 TABLE = "results.csv"
 PAGE = "index.html"
+SUFFIXES = (".png", ".npy", ".jpg")
+"""Of a picture's files: the overlay, the map and the picture as it was explained."""
+_OF_A_RUN = re.compile(r"results\.csv|index\.html|[A-Za-z0-9_][A-Za-z0-9._-]*\.(png|npy|jpg)")
 COLUMNS = ("file", "class", "class_index", "probability", "leak", "status", "reason", "overlay", "map")
 _FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
 _LONGEST_STEM = 100
@@ -105,13 +109,16 @@ class OutputFolder:
     """A folder that results are written into, made if missing; used as ``with OutputFolder(path, planned) as folder``.
 
     ``planned``: the names of every file that may be written. Entering raises :class:`ForeignFileError` if one of them
-    exists and is not ours, ``OSError`` if the folder cannot be made or written. ``results.csv`` is begun at once and
-    every row reaches the disk as it comes, so an interrupted run leaves all it had done.
+    exists and is not ours, ``OSError`` if the folder cannot be made or written. What an earlier run has written is removed,
+    all of it, when the first file or row is (``begun``); every row reaches the disk as it comes, so an interrupted run
+    leaves all it had done.
     """
 
     def __init__(self, path: Path, planned: Iterable[str]) -> None:
         self.path = path
         self._planned = dict.fromkeys([*planned, TABLE, PAGE])
+        self._opened = ExitStack()
+        self.begun = False
 
     def __enter__(self) -> OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -120,22 +127,17 @@ class OutputFolder:
         if foreign:
             listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
             raise ForeignFileError(f"{self.path} holds files that lrp-fast did not write: {listed}")
-        write_whole(self.path / MANIFEST, "".join(f"{name}\n" for name in sorted(self._ours)).encode(), sync=False)
-        self._manifest: TextIO = open(self.path / MANIFEST, "a", encoding="utf-8")
-        self._table = self._open_table()
-        self._writer = csv.writer(self._table)
-        self._writer.writerow(COLUMNS)
-        self._table.flush()
+        self._list_ours()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._table.close()
-        self._manifest.close()
+        self._opened.close()
 
     def add_row(self, row: Row) -> None:
         """Append a row to ``results.csv``."""
+        self._begin()
         self._writer.writerow(row.cells())
         self._table.flush()
 
@@ -143,6 +145,7 @@ class OutputFolder:
         """Write a planned file, whole or not at all, and return its name; ``ValueError`` for an unplanned name."""
         if name not in self._planned:
             raise ValueError(f"{name!r} is not among the files planned for {self.path}")
+        self._begin()
         self._own(name)
         write_whole(self.path / name, content, sync=False)
         return name
@@ -153,11 +156,31 @@ class OutputFolder:
             self._manifest.write(f"{name}\n")
             self._manifest.flush()
 
-    def _open_table(self) -> TextIO:
-        # Unlinked and made anew, so that a link is replaced and what it points to left alone.
+    def _begin(self) -> None:
+        """Before the first file or row: remove what earlier runs have written, and begin the table."""
+        if self.begun:
+            return
+        for name in self._ours:
+            # The list may have been tampered with: only what a run would write, which is never a path or a folder.
+            file = self.path / name
+            if _OF_A_RUN.fullmatch(name) and (file.is_symlink() or file.is_file()):
+                file.unlink(missing_ok=True)
+        self._ours = {name for name in self._ours if os.path.lexists(self.path / name)}
+        self._list_ours()
+        self._manifest = self._open(MANIFEST, "a")
         self._own(TABLE)
-        (self.path / TABLE).unlink(missing_ok=True)
-        return open(self.path / TABLE, "x", newline="", encoding="utf-8")
+        self._table = self._open(TABLE, "x")
+        self._writer = csv.writer(self._table)
+        self._writer.writerow(COLUMNS)
+        self._table.flush()
+        self.begun = True
+
+    def _open(self, name: str, mode: Literal["a", "x"]) -> TextIO:
+        opened = open(self.path / name, mode, newline="", encoding="utf-8")  # noqa: SIM115 - closed on leaving
+        return self._opened.enter_context(opened)
+
+    def _list_ours(self) -> None:
+        write_whole(self.path / MANIFEST, "".join(f"{name}\n" for name in sorted(self._ours)).encode(), sync=False)
 
 
 def write_whole(path: Path, content: bytes, sync: bool = True) -> None:

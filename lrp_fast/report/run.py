@@ -15,7 +15,7 @@ from lrp_fast.heatmap import heat_quantize, heat_quantize_signed, is_signed, ove
 from lrp_fast.images import ImageError, Picture, load_picture
 from lrp_fast.models import LoadedModel
 
-from .folder import PAGE, OutputFolder, Row, brief_names, encode_image, encode_map, output_names, printable
+from .folder import PAGE, SUFFIXES, OutputFolder, Row, brief_names, encode_image, encode_map, output_names, printable
 from .gallery import Card, Failure, Gallery, percent, render_gallery
 
 Facts = Callable[[Picture, Tensor, int], Sequence[tuple[str, str]]]
@@ -40,11 +40,15 @@ class RunOptions:
 
 @dataclass
 class Outcome:
-    """What a run has done so far: cards and failures in the order of the files, and whether it was interrupted."""
+    """What a run has done so far: cards and failures in the order of the files, and whether it was interrupted.
+
+    ``begun``: whether anything was written; until then the folder is as it was.
+    """
 
     cards: list[Card] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     interrupted: bool = False
+    begun: bool = False
 
     def summary(self) -> dict[str, str]:
         """The headline numbers of a run, label to text; the leak's magnitude is averaged over what was explained."""
@@ -68,7 +72,8 @@ class Run:
 
     Pictures are explained in batches of ``options.batch_size`` files; each has its row in ``results.csv`` on the disk
     as soon as its batch is done. A picture that cannot be read, or whose map is not finite, is a failure and the others
-    go on. An interruption (Ctrl-C) ends the run early, with the gallery of what was done.
+    go on. An interruption (Ctrl-C) ends the run early, with the gallery of what was done; before anything was, with the
+    results of an earlier run as they were.
     """
 
     explainer: LRP
@@ -94,7 +99,7 @@ class Run:
         """
         names = output_names(files)
         outcome = Outcome()
-        with OutputFolder(output, [name + suffix for name in names for suffix in (".png", ".npy", ".jpg")]) as folder:
+        with OutputFolder(output, [name + suffix for name in names for suffix in SUFFIXES]) as folder:
             try:
                 for start in range(0, len(files), self.options.batch_size):
                     batch = slice(start, start + self.options.batch_size)
@@ -107,7 +112,9 @@ class Run:
                     on_batch(len(files[batch]))
             except KeyboardInterrupt:
                 outcome.interrupted = True
-            folder.write(PAGE, render_gallery(self._gallery(outcome, title, settings)).encode("utf-8"))
+            if folder.begun or not outcome.interrupted:
+                folder.write(PAGE, render_gallery(self._gallery(outcome, title, settings)).encode("utf-8"))
+            outcome.begun = folder.begun
         return outcome
 
     def _gallery(self, outcome: Outcome, title: str, settings: Mapping[str, str]) -> Gallery:

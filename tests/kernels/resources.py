@@ -71,7 +71,7 @@ HEAVIEST = (
     "heatmap.channel_sum 224² 3",
     "heatmap.quantize 224²",
 )
-"""Of each launcher the case that holds most at once: compiled for every capability and dtype also in the ordinary test."""
+"""Of each launcher the case that holds most at once."""
 
 
 @dataclass(frozen=True)
@@ -158,19 +158,14 @@ def row_of(case: KernelCase, prepared: Prepared, dtype: str, launch: Launch, fou
 
 
 def wanted(mode: Mode, case: KernelCase, dtype: str, capability: int) -> bool:
-    """Whether a mode compiles a case: all for sm_90 in bf16, of other targets the heaviest, or more of them."""
+    """Whether a mode compiles a case: ``cases`` all in bf16 and for sm_90, and the heaviest elsewhere; others the heaviest."""
     multiplies, heavy = "_conv." in case.kernel, case.name in HEAVIEST
     if dtype == "tf32" and not multiplies:
         return False  # as in fp32
+    central = dtype == "bf16" or capability == 90
     if mode == "cases":
-        return heavy or dtype == "bf16" or capability == 90
-    if mode == "candidates":
-        return multiplies and ((dtype, capability) == ("bf16", 90) or (heavy and (dtype == "bf16" or capability == 90)))
-    if mode == "few":
-        return multiplies and heavy
-    if dtype == "bf16":
-        return heavy or capability == 90
-    return heavy and multiplies and capability == 90
+        return heavy or central
+    return heavy and central and (multiplies or (mode == "heaviest" and dtype == "bf16"))
 
 
 def launches(mode: Mode, run: Callable[[], object], capability: int) -> list[Launch]:
