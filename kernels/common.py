@@ -394,7 +394,7 @@ def split_weights(residual, skip, merged, SPLIT: tl.constexpr):
     if SPLIT == "ratio":
         magnitude = tl.abs(residual) + 1e-30  # 0/0 is one half
         weight = quotient(magnitude, tl.abs(skip) + 1e-30 + magnitude)
-        return weight, tl.maximum(1.0 - weight, 0.0)  # a GPU's quotient may be above one in its last place
+        return weight, rectified(1.0 - weight)  # a GPU's quotient may be above one in its last place
     elif SPLIT == "signed":
         denominator = tl.where(merged < 0, merged - 1e-6, merged + 1e-6)
         return quotient(residual, denominator), quotient(skip, denominator)

@@ -39,17 +39,25 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every step's account, output first; ``start`` at the output and ``arrived`` at the input, per image (float64)."""
+    """Every step's account, output first; ``start`` at the output and ``arrived`` at the input, per image (float64).
+
+    ``whole``: what losses are shares of: the start, or of one for and against the sum of its magnitudes, with its sign.
+    """
 
     rows: tuple[AuditRow, ...]
     start: Tensor
     arrived: Tensor
+    whole: Tensor
 
     @property
     def leak(self) -> Tensor:
-        """``(start − arrived) / start`` per image; 0 where both are 0."""
-        same = (self.start == 0) & (self.arrived == 0)
-        return torch.where(same, 0.0, (self.start - self.arrived) / self.start)
+        """``(start − arrived) / whole`` per image; 0 where both are 0."""
+        same = (self.whole == 0) & (self.arrived == 0)
+        return torch.where(same, 0.0, (self.start - self.arrived) / self.whole)
+
+    def share(self, values: Tensor) -> float:
+        """The mean over the images of ``values`` as shares of the ``whole``; an image where that is 0 counts as 0."""
+        return float(torch.where(self.whole == 0, 0.0, values / self.whole).mean())
 
     def lost(self) -> dict[str, Tensor]:
         """What was lost over the whole network, by cause, per image."""
@@ -62,11 +70,11 @@ class Audit:
         """A table of the steps that lose anything, in percent of the start, averaged over the images."""
 
         def percent(x: Tensor) -> str:
-            return f"{100 * float(torch.where(self.start == 0, 0.0, x / self.start).mean()):.4f}"
+            return f"{100 * self.share(x):.4f}"
 
         lines = [("step", "rule", "received %", *(f"{cause} %" for cause in CAUSES))]
         for row in self.rows:
-            if any(bool((value.abs() > 1e-9 * self.start.abs()).any()) for value in row.lost.values()):
+            if any(bool((value.abs() > 1e-9 * self.whole.abs()).any()) for value in row.lost.values()):
                 losses = [percent(row.lost.get(cause, torch.zeros_like(self.start))) for cause in CAUSES]
                 lines.append((row.name, row.rule, percent(row.received), *losses))
         totals = self.lost()
@@ -87,4 +95,6 @@ def audit_rows(plan: Plan, assignments: Sequence[Assignment], result: ReferenceR
         chosen = assignment.rule or assignment.pool or (assignment.split and assignment.split.name)
         received = per_image(result.relevance[index])
         rows.append(AuditRow(step.name, step.operation, str(chosen or "passing"), received, passed, shares.lost))
-    return Audit(tuple(rows), per_image(start), per_image(result.relevance[0]))
+    begin = per_image(start)
+    whole = torch.copysign(per_image(start.abs()), begin)
+    return Audit(tuple(rows), begin, per_image(result.relevance[0]), whole)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from numbers import Real
 from typing import Any, Literal
+
+from torch import Tensor
 
 from lrp_fast.layers import AdaptiveMaxPool, Average, Dense, Linear, MaxPool, Merge
 from lrp_fast.plan import Plan, Step
@@ -120,12 +123,14 @@ class Composite:
     def record(self) -> dict[str, Any]:
         """Everything that decides what a composite does, as JSON; its name alone does not, as :meth:`with_rule` keeps it."""
         layers = ("convolution", "dense", "stem", "max_pool", "average_pool")
-        overrides = {str(place): f"{_text(pattern)}: {rule!r}" for place, (pattern, rule) in enumerate(self.overrides)}
+        overrides = {
+            str(place): f"{_text(pattern)}: {_plain(rule)}" for place, (pattern, rule) in enumerate(self.overrides)
+        }
         return {
             "composite": self.name,
             "splits": str(self.splits),
             "rules": {
-                **{each: repr(getattr(self, each)) for each in layers},
+                **{each: _plain(getattr(self, each)) for each in layers},
                 "overrides": overrides,
                 "batch_norm": self.batch_norm,
                 "start": self.start,
@@ -165,6 +170,17 @@ class Composite:
             if not any(_fits(pattern, step) for step in linear):
                 names = ", ".join(step.name for step in linear[:20])
                 raise ValueError(f"the rule for {pattern!r} fits no linear layer of the model; there are: {names}")
+
+
+def _plain(value: object) -> str:
+    """A rule as text, the same for equal numbers of any type, and whole."""
+    if is_dataclass(value):
+        return f"{type(value).__name__}({', '.join(f'{each.name}={_plain(getattr(value, each.name))}' for each in fields(value))})"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_plain, value))})"
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    return repr(float(value)) if isinstance(value, Real) and not isinstance(value, bool) else repr(value)
 
 
 def _text(pattern: str | type) -> str:

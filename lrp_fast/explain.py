@@ -255,8 +255,9 @@ class LRP:
         The triton backend chooses for an input shape N×C×H×W: the one given, else that of the latest explanation.
         Raises ``ValueError`` for a shape that the model does not take.
         """
+        parameters = self._refresh_if_changed()
         if shape is not None:
-            self.plan.check_input(tuple(shape), self._refresh_if_changed())
+            self.plan.check_input(tuple(shape), parameters)
         serving = self._serving(shape)
         rows = [("step", "operation", "relevance leaves by", "backend")]
         for index, (step, assignment) in enumerate(zip(self.plan.steps, self._assignments, strict=True)):
@@ -289,12 +290,13 @@ class LRP:
         Takes a minute or more, once for a device, network and shape; returns a table of what was chosen. Later explainers
         find the choices by themselves. Raises ``ValueError`` unless the backend is triton on a CUDA device.
         """
+        parameters = self._refresh_if_changed()
         if self.backend != "triton" or self.device.type != "cuda":
             raise ValueError(
                 f"tune() measures the triton backend on a CUDA device, got {self.backend!r} on {self.device}"
             )
         with torch.inference_mode(False), torch.no_grad():
-            self._check_inputs(inputs, self._refresh_if_changed())
+            self._check_inputs(inputs, parameters)
             with self._running():
                 program = self._program(inputs, frozenset(), False).program
                 report: str = _triton().tune(program.units, program.passes, inputs.shape[0], self._choices())
@@ -643,8 +645,9 @@ class _Recorded(_Runner):
         if self._onward is None:
             self._onward = self._record_forward(inputs)
         torch.cuda.current_stream().wait_event(self._done)  # which another stream may be at
-        output, _ = self._onward.replayed(inputs)
-        return output.clone(), None
+        output = self._onward.replayed(inputs)[0].clone()
+        self._done.record()
+        return output, None
 
     def backward(self, tape: None, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         maps = start.shape[0]
@@ -808,6 +811,9 @@ def _assemble(
     # Where contributions for and against cancel, all of them: what is lost is then still a share of something.
     whole = torch.copysign(start.relevance.abs().sum(-1, dtype=torch.float64), begin)
     leak = torch.where((whole == 0) & (total == 0), 0.0, (begin - total) / whole)
+    overflows = ~(output < math.inf).all(1)  # NaN too; what a model rules out may be −infinity
+    leak = leak.masked_fill(overflows, math.nan)
+    start = start._replace(scale=start.scale.masked_fill(overflows, math.nan))
     shares = scaled(relevance)
     heatmap = shares.sum(1 if start.single else 2)
     return Attribution(

@@ -288,12 +288,19 @@ def _search(folder: Path, excluded: Path | None) -> list[Path]:
     return sorted(files)
 
 
-def written_into(folder: Path) -> set[str]:
-    """The names of the files that lrp_fast has written into a folder, as that says itself."""
+def written_into(folder: Path) -> dict[str, str]:
+    """The files that lrp_fast has written into a folder, as that says itself: each name, and what :func:`mark` was, if known."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return set()
-    return set(manifest.read_text(encoding="utf-8", errors="replace").splitlines())
+        return {}
+    lines = manifest.read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name: known for name, _, known in (line.partition("\t") for line in lines)}
+
+
+def mark(file: Path) -> str:
+    """By which a file is known again, unless somebody has put another in its place: its size and when it was written."""
+    found = file.lstat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _has_image_name(name: str) -> bool:

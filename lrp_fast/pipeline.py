@@ -343,7 +343,10 @@ def _interrupted_afterwards() -> Iterator[None]:
 
 
 def _start_fork_server() -> None:
-    """Start the server that forks the workers, with Ctrl-C blocked in both: it reaches all processes of a terminal."""
+    """Start the server that forks the workers, with Ctrl-C blocked in both: it reaches all processes of a terminal.
+
+    So it is for every other process that somebody has this server fork.
+    """
     resource_tracker.ensure_running()  # the server's start begins with this, which would unblock it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

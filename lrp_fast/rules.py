@@ -55,10 +55,15 @@ class Stabilizer:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.epsilon, (int, float)) and SMALLEST_EPSILON <= self.epsilon < math.inf):
+        try:
+            epsilon = math.nan if isinstance(self.epsilon, str) else float(self.epsilon)
+        except (TypeError, ValueError):
+            epsilon = math.nan
+        if not SMALLEST_EPSILON <= epsilon < math.inf:
             raise ValueError(
                 f"a stabilizer needs a finite epsilon above zero, {SMALLEST_EPSILON:.1e} at least, got {self.epsilon!r}"
             )
+        object.__setattr__(self, "epsilon", epsilon)
 
     def __call__(self, z: Tensor) -> Tensor:
         """``stab(z)``, in z's dtype."""

@@ -27,37 +27,49 @@ def float32_precision(tf32: bool) -> Iterator[None]:
 
     cuDNN uses TF32 and algorithms that add in any order unless told otherwise, and ``torch.set_float32_matmul_precision``
     may have chosen less everywhere; whatever was chosen before is chosen again afterwards. The settings are those of the
-    process: where several threads are inside, full precision wins, and the last to leave restores.
+    process: where several scopes are under way, in one thread or in several, full precision wins, and the last to end restores.
     """
-    with _lock:
-        _inside.append(tf32)
-        _choose()
+    scope = object()
     try:
+        with _lock:
+            _inside[scope] = tf32
+            _choose()
         yield
     finally:
         with _lock:
-            _inside.remove(tf32)
-            _choose()
+            _inside.pop(scope, None)
+            try:
+                _choose()
+            except BaseException:  # Ctrl-C, say, in the middle of it
+                _choose()
+                raise
 
 
 _lock = threading.Lock()
-_inside: list[bool] = []
+_inside: dict[object, bool] = {}
 """Of every scope under way, whether it asks for TF32."""
-_chosen: bool | None = None
+_chosen: bool | str | None = None
+"""For whom the settings are: TF32 or not, nobody of ours, or in between."""
 _undo: list[Callable[[], object]] = []
-"""What makes the settings the caller's again, last first."""
+"""What makes the settings the caller's again, last first; each may be done twice."""
 
 
 def _choose() -> None:
+    """May be interrupted anywhere, and is complete when it is called again."""
     global _chosen
-    wanted = all(_inside) if _inside else None
+    wanted = all(_inside.values()) if _inside else None
     if wanted is _chosen:
         return
+    _chosen = "in between"
     while _undo:
-        _undo.pop()()
+        _undo[-1]()
+        _undo.pop()
+    if wanted is not None:
+        _choose_all(wanted)
     _chosen = wanted
-    if wanted is None:
-        return
+
+
+def _choose_all(wanted: bool) -> None:
     backends: Any = torch.backends  # its precision settings are made at run time
     on_gpu = "tf32" if wanted else "ieee"
     _choose_products(wanted, on_gpu)
@@ -72,8 +84,8 @@ def _choose() -> None:
         if _differs(setting, "ieee"):
             _set(setting, "ieee")
     if not torch._C._get_cudnn_deterministic():
-        torch._C._set_cudnn_deterministic(True)
         _undo.append(partial(torch._C._set_cudnn_deterministic, False))
+        torch._C._set_cudnn_deterministic(True)
 
 
 def _choose_products(tf32: bool, on_gpu: str) -> None:

@@ -425,8 +425,14 @@ def test_the_leak_of_what_speaks_for_and_against(model: nn.Module, images: Tenso
     result = explainer.explain(images, start=start)
     assert float(result.leak.abs().max()) <= 1e-5
     assert not bool(result.start.any())
-    negative = explainer.explain(images, start=-torch.eye(start.shape[1])[:1].repeat(len(images), 1))
-    assert torch.allclose(negative.leak, explainer.explain(images, 0, start="one").leak, atol=1e-6)
+    leaking = LRP(model, "epsilon", dtype=torch.float64)
+    one = torch.eye(start.shape[1], dtype=torch.float64)[:1].repeat(len(images), 1)
+    expected = leaking.explain(images, 0, start="one").leak
+    assert float(expected.abs().min()) > 1e-9
+    assert torch.allclose(leaking.explain(images, start=-one).leak, expected)
+    both = leaking.explain(images, start=start.double())
+    audit = leaking.audit(images, start=start.double())
+    assert torch.allclose(audit.leak, both.leak, atol=1e-9)
 
 
 def test_the_first_image_in_order_shows_that_the_model_is_the_one_traced(images: Tensor) -> None:
@@ -435,7 +441,8 @@ def test_the_first_image_in_order_shows_that_the_model_is_the_one_traced(images:
     bright[0] = torch.finfo(images.dtype).max * images[0].sign()
     bright[1] *= 1e25
     got = LRP(model).explain(bright)
-    assert bool(got.heatmap[0].isnan().any())
+    assert bool(got.heatmap[0].isnan().all())
+    assert bool(got.leak[0].isnan())
     assert torch.equal(got.heatmap[2:], LRP(model).explain(images).heatmap[2:])
 
 
@@ -762,6 +769,20 @@ def test_a_recording_takes_inputs_of_any_dtype_and_keeps_few(
         assert len(relevance) == maps * len(images)
     assert runner._onward.given.dtype == torch.float32
     assert list(runner._back) == [len(images), 3 * len(images)]
+
+
+def test_recordings_are_replayed_one_at_a_time(
+    model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]
+) -> None:
+    """Two threads, or two streams, would read what the other has written."""
+    recordings.append({})
+    explainer = LRP(model, backend="torch")
+    pretend_to_record(explainer, images)
+    explainer._one_at_a_time = turn = mock.MagicMock()
+    explainer.explain(images)
+    turn.__enter__.assert_called_once()
+    (runner,) = explainer._programs.values()
+    assert runner._done.record.call_count == 2
 
 
 def test_a_recording_is_freed_at_once(model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from test_reference import FACTORIES
@@ -69,6 +70,12 @@ STABILIZED: dict[str, Callable[[float], Rule]] = {
 def test_a_stabilizer_must_be_above_zero(factory: str, epsilon: float) -> None:
     with pytest.raises(ValueError, match="finite epsilon above zero"):
         STABILIZED[factory](epsilon)
+
+
+def test_a_stabilizer_takes_any_number() -> None:
+    for number in (1, np.float32(0.5), torch.tensor(0.25)):
+        assert Stabilizer(number) == Stabilizer(float(number))
+        assert isinstance(Stabilizer(number).epsilon, float)
 
 
 @pytest.mark.parametrize("threshold", [-1e-12, math.nan, 1.0])

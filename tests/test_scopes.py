@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from test_composites import SmallResNet
 from torch import Tensor
 
-from lrp_fast import LRP
+from lrp_fast import LRP, scopes
 from lrp_fast.scopes import float32_precision
 
 backends: Any = torch.backends
@@ -144,6 +147,33 @@ def test_full_precision_wins_between_threads_and_the_last_restores() -> None:
     leave.set()
     thread.join()
     assert settings() == before
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_an_interruption_in_the_middle_leaves_the_callers_settings(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever Ctrl-C comes while the settings are changed."""
+    choose("one by one")
+    before, calls = settings() | {"deterministic": str(backends.cudnn.deterministic)}, itertools.count()
+    real = {name: getattr(scopes, name) for name in ("_set", "_restore", "_differs")}
+
+    def interrupted(name: str, *arguments: Any) -> Any:
+        if next(calls) == place:
+            raise KeyboardInterrupt
+        return real[name](*arguments)
+
+    with monkeypatch.context() as patched:
+        for name in real:
+            patched.setattr(scopes, name, partial(interrupted, name))
+        with contextlib.suppress(KeyboardInterrupt), float32_precision(False):
+            pass
+    assert settings() | {"deterministic": str(backends.cudnn.deterministic)} == before
+    with float32_precision(True):
+        assert backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def test_scopes_in_one_thread_are_as_precise_as_the_strictest() -> None:
+    with float32_precision(False), float32_precision(True):
+        assert backends.cuda.matmul.fp32_precision in ("ieee", "none")
 
 
 def test_algorithms_inside_add_in_the_same_order_every_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,8 @@ def _find_files(images: Sequence[Path], output: Path) -> list[Path]:
     files = find_images(images, exclude=output)
     written = written_into(output)
     for file in files:
-        if file.name in written and output.resolve() in (file.parent.resolve(), file.resolve().parent):
+        places = ((one.parent.resolve(), one.name) for one in (file, file.resolve()))
+        if any(parent == output.resolve() and name in written for parent, name in places):
             raise UsageError(f"--output: {file} was written there by an earlier run, and would be replaced by this one")
     if not files:
         raise UsageError(f"no picture files in {', '.join(map(str, images))}")

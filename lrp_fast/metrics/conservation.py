@@ -100,7 +100,8 @@ def audit_dataset(explainer: LRP, batches: Iterable[Tensor | tuple[Tensor, Targe
     if not audits:
         raise ValueError("expected at least one batch, got none")
     rows = tuple(_joined(rows) for rows in zip(*(audit.rows for audit in audits), strict=True))
-    return Audit(rows, torch.cat([audit.start for audit in audits]), torch.cat([audit.arrived for audit in audits]))
+    names = ("start", "arrived", "whole")
+    return Audit(rows, *(torch.cat([getattr(audit, name) for audit in audits]) for name in names))
 
 
 def _joined(rows: tuple[AuditRow, ...]) -> AuditRow:
@@ -117,17 +118,13 @@ def step_losses(audit: Audit) -> tuple[StepLoss, ...]:
 
     Over all steps and causes the losses sum to the mean leak, up to rounding.
     """
-
-    def share(values: Tensor) -> float:
-        return float(torch.where(audit.start == 0, 0.0, values / audit.start).mean())
-
     return tuple(
         StepLoss(
             row.name,
             row.operation,
             row.rule,
-            share(row.received),
-            {cause: share(row.lost[cause]) for cause in CAUSES if cause in row.lost},
+            audit.share(row.received),
+            {cause: audit.share(row.lost[cause]) for cause in CAUSES if cause in row.lost},
         )
         for row in audit.rows
     )

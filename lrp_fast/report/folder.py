@@ -1,7 +1,7 @@
 """A folder of results: what its files are called, what may be replaced in it, and its table ``results.csv``.
 
 A folder remembers in ``.lrp-fast-files`` which of its files are ours. Those are removed once a later run has something to
-put in their place; a file that somebody else put there never is.
+put in their place, unless they were changed since; a file that somebody else put there never is.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lrp_fast.images import MANIFEST, written_into
+from lrp_fast.images import MANIFEST, mark, written_into
 
 TABLE = "results.csv"
 PAGE = "index.html"
 SUFFIXES = (".png", ".npy", ".jpg")
 """Of a picture's files: the overlay, the map and the picture as it was explained."""
-_OF_A_RUN = re.compile(r"results\.csv|index\.html|[A-Za-z0-9_][A-Za-z0-9._-]*\.(png|npy|jpg)")
+_OF_A_PICTURE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]*({'|'.join(map(re.escape, SUFFIXES))})")
 COLUMNS = ("file", "class", "class_index", "probability", "leak", "status", "reason", "overlay", "map")
 _FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
 _LONGEST_STEM = 100
@@ -118,6 +118,7 @@ class OutputFolder:
         self.path = path
         self._planned = dict.fromkeys([*planned, TABLE, PAGE])
         self._opened = ExitStack()
+        self._table: TextIO | None = None
         self.begun = False
 
     def __enter__(self) -> OutputFolder:
@@ -137,9 +138,7 @@ class OutputFolder:
 
     def add_row(self, row: Row) -> None:
         """Append a row to ``results.csv``."""
-        self._begin()
-        self._writer.writerow(row.cells())
-        self._table.flush()
+        self._append(self._begin(), row.cells())
 
     def write(self, name: str, content: bytes) -> str:
         """Write a planned file, whole or not at all, and return its name; ``ValueError`` for an unplanned name."""
@@ -148,39 +147,46 @@ class OutputFolder:
         self._begin()
         self._own(name)
         write_whole(self.path / name, content, sync=False)
+        self._own(name, mark(self.path / name))
         return name
 
-    def _own(self, name: str) -> None:
-        if name not in self._ours:
-            self._ours.add(name)
-            self._manifest.write(f"{name}\n")
-            self._manifest.flush()
+    def _own(self, name: str, known: str = "") -> None:
+        """List a file before it is there, so that a run that is killed leaves none that is not listed; and as it is then."""
+        self._ours[name] = known
+        self._manifest.write(f"{name}\t{known}\n" if known else f"{name}\n")
+        self._manifest.flush()
 
-    def _begin(self) -> None:
+    def _begin(self) -> TextIO:
         """Before the first file or row: remove what earlier runs have written, and begin the table."""
-        if self.begun:
-            return
-        for name in self._ours:
-            # The list may have been tampered with: only what a run would write, which is never a path or a folder.
+        if self._table is not None:
+            return self._table
+        self.begun = True
+        for name, known in self._ours.items():
             file = self.path / name
-            if _OF_A_RUN.fullmatch(name) and (file.is_symlink() or file.is_file()):
+            # The list may have been tampered with: only what a run would write, which is never a path or a folder.
+            own = name in (TABLE, PAGE) or (_OF_A_PICTURE.fullmatch(name) and known)
+            if own and (file.is_symlink() or file.is_file()) and (name in (TABLE, PAGE) or mark(file) == known):
                 file.unlink(missing_ok=True)
-        self._ours = {name for name in self._ours if os.path.lexists(self.path / name)}
+        self._ours = {name: known for name, known in self._ours.items() if os.path.lexists(self.path / name)}
         self._list_ours()
         self._manifest = self._open(MANIFEST, "a")
         self._own(TABLE)
         self._table = self._open(TABLE, "x")
-        self._writer = csv.writer(self._table)
-        self._writer.writerow(COLUMNS)
-        self._table.flush()
-        self.begun = True
+        self._append(self._table, COLUMNS)
+        return self._table
+
+    @staticmethod
+    def _append(table: TextIO, cells: Sequence[object]) -> None:
+        csv.writer(table).writerow(cells)
+        table.flush()
 
     def _open(self, name: str, mode: Literal["a", "x"]) -> TextIO:
         opened = open(self.path / name, mode, newline="", encoding="utf-8")  # noqa: SIM115 - closed on leaving
         return self._opened.enter_context(opened)
 
     def _list_ours(self) -> None:
-        write_whole(self.path / MANIFEST, "".join(f"{name}\n" for name in sorted(self._ours)).encode(), sync=False)
+        lines = [f"{name}\t{known}\n" if known else f"{name}\n" for name, known in sorted(self._ours.items())]
+        write_whole(self.path / MANIFEST, "".join(lines).encode(), sync=False)
 
 
 def write_whole(path: Path, content: bytes, sync: bool = True) -> None:

@@ -168,6 +168,8 @@ def _of_backward(layer: FusedLinear, batch: int, arrival_of: Callable[[], Arriva
     else:
         ends = 1 if arrival is None else len(arrival.ends)
         blocks = spatial_conv.candidates(inputs // groups, inner // groups, ends, dtype, precision)
+        if arrival is not None and not spatial_conv.settles(arrival, groups, inputs):
+            blocks = ()
     for choice in _choices(layer, blocks, forward=False, library=tiles == 1):
         variant = _variant(layer, layer.onward, choice)
         if layer.pointwise and layer.layer.stride[0] > 1:  # whose message is settled with another's
