@@ -67,7 +67,7 @@ class CompileAhead:
         with self.log.open("wb") as output:
             for job in self.jobs:
                 process = subprocess.Popen(
-                    [*self.command, job], stdout=output, stderr=output, env=environment, start_new_session=True
+                    [*self.command, job], stdout=output, stderr=output, env=environment, process_group=0
                 )
                 self._processes.append(process)
         return self

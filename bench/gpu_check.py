@@ -33,7 +33,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import heartbeat
 
@@ -49,6 +49,8 @@ STAGES = ("tests", "ahead", "kernels", "networks", "tune")
 TESTS_SHARE, KERNELS_SHARE, NETWORKS_SHARE = 0.35, 0.5, 0.92
 """The shares of the budget that are spent when the GPU tests, the kernel table and the networks must have ended."""
 INTERRUPTED = 130
+TIMING = ("cases.py", "contenders.py", "kernel_bench.py", "network_bench.py", "peers.py", "settings.py", "timing.py")
+"""Beside this file: what is timed, and how."""
 PROGRAM = (sys.executable, str(pathlib.Path(__file__).resolve()))
 
 
@@ -92,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=pathlib.Path, help="folder for the results (default: $OUT or bench/results)")
     for stage in STAGES:
         parser.add_argument(f"--no-{stage}", action="store_true", help=f"leave this out: {stage}")
-    # When the run began, on the clock that all processes share, where this one goes on with it.
+    # When the run began, on the clock that all processes share, where this one goes on with it and with its results.
     parser.add_argument("--began", type=float, default=time.monotonic(), help=argparse.SUPPRESS)
     parser.add_argument("--ahead", help=argparse.SUPPRESS)  # a job of compile-ahead, in a process of its own
     parser.add_argument("--tests", type=shlex.split, default=TESTS, help=argparse.SUPPRESS)
@@ -116,9 +118,8 @@ def check(options: argparse.Namespace, device: Any) -> int:
     budget, versions, code = Budget(options.minutes, options.began), records.versions(), code_state()
     # What is measured for choosing kernels belongs to this code alone.
     os.environ.setdefault("LRP_FAST_CACHE", _temporary("lrp_fast"))
-    results = Results(options.output, device.name, _short(versions), code)
-    if options.full or options.resume:
-        results.load()
+    results = Results(options.output, device.name, _short(versions), code, options.began)
+    results.load(earlier=options.full or options.resume)
     results.run.update(
         {
             "environment": device.environment() | versions,
@@ -137,6 +138,7 @@ def check(options: argparse.Namespace, device: Any) -> int:
         budget.say(f"the device answers no more: {error}")
         if results.run["restarts"] > heartbeat.MOST_RESTARTS:
             return 1
+        heartbeat.beat(heartbeat.STARTING)
         os.execv(sys.executable, again(options))
     results.write()
     print(results.table_path.read_text())
@@ -214,7 +216,7 @@ def run_tests(arguments: Sequence[str], log: pathlib.Path, seconds: float) -> di
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, process_group=0
         )
         try:
             code = process.wait(None if math.isinf(seconds) else seconds)
@@ -237,9 +239,10 @@ def run_tests(arguments: Sequence[str], log: pathlib.Path, seconds: float) -> di
 
 def again(options: argparse.Namespace) -> list[str]:
     """The command that goes on from the results, with the same deadline."""
-    command = [*PROGRAM, "--resume", "--no-tests", "--no-ahead", "--output", str(options.output)]
+    command = [*PROGRAM, "--no-tests", "--no-ahead", "--output", str(options.output)]
     command += ["--minutes", str(options.minutes), "--began", str(options.began)]
-    command += ["--full"] if options.full else []
+    # Without these, it keeps what began with it alone: the process before may have ended before it removed the rest.
+    command += [f"--{name}" for name in ("full", "resume") if getattr(options, name)]
     return command + [f"--no-{stage}" for stage in STAGES[2:] if getattr(options, f"no_{stage}")]
 
 
@@ -261,13 +264,32 @@ def _short(versions: dict[str, str]) -> str:
 
 
 def code_state() -> str:
-    """A fingerprint of the package and its kernels: measurements of other code are not mixed in."""
+    """A fingerprint of the package, its kernels and of what times them: measurements of other code are not mixed in."""
     digest = hashlib.sha256()
     package = [path for path in (ROOT / "lrp_fast").rglob("*.py") if "kernels" not in path.relative_to(ROOT).parts]
-    for path in sorted([*(ROOT / "kernels").glob("*.py"), *package]):
+    timing = [ROOT / "bench" / name for name in TIMING]
+    for path in sorted([*(ROOT / "kernels").glob("*.py"), *package, *timing]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
+def run_supervised() -> NoReturn:
+    """End without what runs at exit: torch.compile's pool of processes may wait there for minutes, which looks like a hang."""
+    code = 1
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
+    if heartbeat.FILE in os.environ:
+        run_supervised()
     sys.exit(main())

@@ -21,7 +21,7 @@ from kernel_bench import DTYPES, describe
 from lrp_fast import LRP, Attribution
 from lrp_fast.scopes import float32_precision
 from peers import captum_explainer, zennit_explainer
-from report import OURS, PEERS, Cell, Results
+from report import ENDED, HAVE_CHOICES, NO_TIME, OURS, PEERS, Cell, Results
 from settings import FIRST, TUNED, Setting, columns_of, images, settings
 from timing import Budget, Device, OutOfTimeError, Run, time_limit
 
@@ -40,6 +40,8 @@ FIRST_CALLS_SECONDS, COMPLETE_CALLS_SECONDS = 90.0, 900.0
 FEWEST_SECONDS = 8.0
 """A setting is not begun with less."""
 PROFILED = 15
+ALONE = ("triton + graph", *PEERS)
+"""Not timed in turn with the others. A recorded graph, whose memory others may need, runs beside its own backend alone."""
 
 # Runs -------------------------------------------------------------------------------------------------------------------
 
@@ -91,6 +93,12 @@ def untuned() -> Iterator[None]:
         yield
 
 
+def model_and_images(setting: Setting, device: Device) -> tuple[nn.Module, Tensor]:
+    """What a setting explains."""
+    x = images(device.torch_device, setting.precision, setting.batch, 16 if device.dry else 224)
+    return network(setting.network, device.torch_device), x
+
+
 # One setting ------------------------------------------------------------------------------------------------------------
 
 
@@ -107,21 +115,17 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.cells = self.results.columns(self.setting.precision, self.setting.key)
-        self.model = network(self.setting.network, self.device.torch_device)
-        side = 16 if self.device.dry else 224
-        self.x = images(self.device.torch_device, self.setting.precision, self.setting.batch, side)
+        self.model, self.x = model_and_images(self.setting, self.device)
         self.tuned = False
         self.references: dict[tuple[int, ...], Tensor] = {}
 
     def measure(self, columns: Sequence[str]) -> None:
         """Columns that are not there to stay: first alone, for parity and memory, then in turn, for speed."""
-        self.tuned = "triton tuned" in columns and self._tuned()
+        self.tuned = self._has_choices() or ("triton tuned" in columns and self._tuned())
         if not self.tuned:
             columns = [name for name in columns if name != "triton tuned"]
-        # What takes long to compile comes last, and a recorded graph, whose memory others may need, runs beside its own
-        # backend alone.
-        alone = ("triton + graph", *PEERS)
-        group = sorted((name for name in columns if name not in alone), key=lambda name: "compiled" in name)
+        # What takes long to compile comes last.
+        group = sorted((name for name in columns if name not in ALONE), key=lambda name: "compiled" in name)
         if any("compiled" in name for name in group):
             torch.compiler.reset()  # past a number of recompilations, functions would silently stay uncompiled
         self._measure_group(group)
@@ -130,6 +134,9 @@ class Bench:
             self._measure_group(["triton tuned" if self.tuned else "triton", "triton + graph"])
             self.device.free()
         self._measure_group([name for name in columns if name in PEERS])
+
+    def _has_choices(self) -> bool:
+        return self.results.tuning(str(self.setting)) in HAVE_CHOICES
 
     def _tuned(self) -> bool:
         """Measure the choices of this setting, once and within a limit; True if there are any."""
@@ -145,12 +152,17 @@ class Bench:
             except OutOfTimeError:
                 tried[name] = "cut short"
                 self.results.leave_out(f"tuning {name}", "in part: no time left")
+            except KeyboardInterrupt:
+                del tried[name]
+                raise
             except Exception as error:
-                tried[name] = describe(error)
+                tried[name] = str(self._entry("triton tuned", error)["entry"])
             self.budget.say(f"tuning {name}: {tried[name]}, {self.budget.spent() - begin:.0f} s")
             self.device.check()
             self.device.free()
-        return tried[name] in ("complete", "cut short")
+        if not self._has_choices():
+            self.results.leave_out(f"{name} triton tuned", f"tuning: {tried[name]}")
+        return self._has_choices()
 
     def _measure_group(self, names: Sequence[str]) -> None:
         runs: dict[str, Run] = {}
@@ -307,44 +319,96 @@ def measure_networks(
     ``first``: only some columns of the most important ones, for the case that nothing else comes of it. They are provisional:
     ratios are of times taken in turn, so they are measured again with the others where time suffices.
     """
-    for rank, setting in enumerate(settings(device.dry, full)[: FIRST if first else None]):
-        tuned = tune and (full or (setting in TUNED and budget.remaining() >= TUNING_SECONDS))
-        columns = columns_of(setting, device.dry, full, first)
-        columns = [name for name in columns if not results.has(setting.precision, setting.key, name, first)]
-        columns = [name for name in columns if tuned or name != "triton tuned"]
-        if columns and budget.remaining() < FEWEST_SECONDS:
-            results.leave_out(str(setting))
-        elif columns:
-            budget.say(f"{setting}: {', '.join(columns)}")
-            bench = Bench(setting, device, results, budget, first)
-            bench.measure(columns)
-            results.take_in(str(setting))
-            if rank == 0 and not first:
-                profile(bench)
-            device.free()
-        results.write()
-
-
-def profile(bench: Bench) -> None:
-    """The longest kernels of one explanation, if there was one."""
-    timed = [name for name in ("triton tuned", "triton") if "seconds" in bench.cells.get(name, {})]
-    if not timed:
+    every = settings(device.dry, full)
+    for setting in every[:FIRST]:
+        _measure_setting(setting, results, device, budget, tune, full, first)
+    if first:
         return
+    profile(every[0], results, device, budget)
+    for setting in every[FIRST:]:
+        _measure_setting(setting, results, device, budget, tune, full)
+
+
+def _measure_setting(
+    setting: Setting, results: Results, device: Device, budget: Budget, tune: bool, full: bool, first: bool = False
+) -> None:
+    wanted = columns_of(setting, device.dry, full, first)
+    if "triton tuned" in wanted and not _to_be_tuned(setting, results, budget, tune, full):
+        wanted.remove("triton tuned")
+    columns = _missing(setting, results, wanted, first)
+    if columns and budget.remaining() < FEWEST_SECONDS:
+        results.leave_out(str(setting))
+    elif columns:
+        if not first and any(name not in ALONE for name in columns):
+            # Ratios are of times that one process took in turn: what is missing is not measured without the others.
+            results.measure_again(setting.precision, setting.key, [name for name in wanted if name not in ALONE])
+            columns = _missing(setting, results, wanted, first)
+        budget.say(f"{setting}: {', '.join(columns)}")
+        Bench(setting, device, results, budget, first).measure(columns)
+        results.take_in(str(setting))
+        device.free()
+    results.write()
+
+
+def _missing(setting: Setting, results: Results, wanted: Sequence[str], provisional: bool) -> list[str]:
+    return [name for name in wanted if not results.has(setting.precision, setting.key, name, provisional)]
+
+
+def _to_be_tuned(setting: Setting, results: Results, budget: Budget, tune: bool, full: bool) -> bool:
+    """Whether there are choices to use, or there is time to measure them; says so where there would have to be."""
+    found, column = results.tuning(str(setting)), f"{setting} triton tuned"
+    if found is not None:
+        if found not in HAVE_CHOICES:
+            results.leave_out(column, f"tuning: {found}")
+        return found in HAVE_CHOICES
+    if not tune or (setting not in TUNED and not full):
+        return False
+    if full or budget.remaining() >= TUNING_SECONDS:
+        return True
+    results.leave_out(column)
+    return False
+
+
+def profile(setting: Setting, results: Results, device: Device, budget: Budget) -> None:
+    """The longest kernels of one explanation, if there was one.
+
+    Tried once: a profiler may end or hang the process, which would then happen again at every restart.
+    """
+    cells = results.files[setting.precision]["cells"].get(setting.key, {})
+    timed = [name for name in ("triton tuned", "triton") if "seconds" in cells.get(name, {})]
+    if not timed or "profile" in results.run or results.run.get("left out", {}).get("profile", NO_TIME) != NO_TIME:
+        return
+    if budget.remaining() < FEWEST_SECONDS:
+        results.leave_out("profile")
+        return
+    budget.say("profile")
+    results.leave_out("profile", ENDED)
+    results.write()
     try:
-        with untuned() if timed[0] == "triton" else nullcontext():
-            run = run_of(timed[0], bench.setting, bench.model, bench.x)
-            run()
-        rows, seconds = bench.device.profiled(run)
+        results.run["profile"] = _profiled(setting, timed[0], device)
+        results.take_in("profile")
     except Exception as error:
-        bench.results.leave_out("profile", describe(error))
-        bench.device.check()
-        return
+        results.leave_out("profile", describe(error))
+        device.check()
+    finally:
+        if results.run["left out"].get("profile") == ENDED:
+            results.take_in("profile")  # it was interrupted from outside
+    results.write()
+    device.free()
+
+
+def _profiled(setting: Setting, column: str, device: Device) -> Cell:
+    model, x = model_and_images(setting, device)
+    with untuned() if column == "triton" else nullcontext():
+        run = run_of(column, setting, model, x)
+        run()
+    rows, seconds = device.profiled(run)
     busy = sum(taken for *_, taken in rows)
     longest = [
         {"kernel": name, "calls": calls, "seconds": taken, "share": taken / busy}
         for name, calls, taken in rows[:PROFILED]
     ]
-    bench.results.run["profile"] = {
-        "what": f"one heatmap call, {timed[0]}, {bench.setting}",
+    return {
+        "what": f"one heatmap call, {column}, {setting}",
         "seconds": seconds, "busy seconds": busy, "kernels": len(rows), "rows": longest,
     }  # fmt: skip

@@ -9,8 +9,9 @@ one was not yet timed in turn with the others. ``unchecked seconds`` is what too
 from __future__ import annotations
 
 import json
+import math
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,9 @@ COLUMNS = (
 )  # fmt: skip
 PEERS = ("zennit", "captum")
 OURS = ("torch", "torch compiled", "triton", "triton tuned", "triton + graph")
+ENDED, NO_TIME = "the process ended or hung", "no time left"
+HAVE_CHOICES = ("complete", "cut short")
+"""What is said of tuning that measured choices."""
 HEADLINE = "resnet50/otsuki2024/256"
 BATCH_ONE = "resnet50/otsuki2024/1"
 
@@ -32,12 +36,12 @@ BATCH_ONE = "resnet50/otsuki2024/1"
 class Results:
     """Everything measured, by file; :meth:`write` keeps it on disk."""
 
-    def __init__(self, folder: pathlib.Path, device: str, versions: str, code: str) -> None:
-        self.folder, self.device, self.versions, self.code = folder, device, versions, code
+    def __init__(self, folder: pathlib.Path, device: str, versions: str, code: str, began: float = 0.0) -> None:
+        self.folder, self.device, self.versions, self.code, self.began = folder, device, versions, code, began
         self.files: dict[str, Cell] = {name: self._empty() for name in ("kernels", *PRECISIONS)}
 
     def _empty(self) -> Cell:
-        return {"code": self.code, "cells": {}}
+        return {"code": self.code, "began": self.began, "cells": {}}
 
     def _path(self, name: str) -> pathlib.Path:
         return self.folder / f"{self.device}-{name}-{self.versions}.json"
@@ -56,25 +60,24 @@ class Results:
         """What concerns the whole run: environment, tests, measured rates, what was left out."""
         return self.files["kernels"]
 
-    def load(self) -> None:
-        """Go on from the files that are there, as far as they were made by the same code."""
+    def load(self, earlier: bool = True) -> None:
+        """Go on from the files of the same code. Without ``earlier`` runs' only from those of this one: theirs are removed."""
         for name in self.files:
             path = self._path(name)
             found = json.loads(path.read_text()) if path.exists() else {}
-            if found.get("code") == self.code:
+            if found.get("code") == self.code and (earlier or found.get("began") == self.began):
                 self.files[name] = found
+            elif not earlier:
+                path.unlink(missing_ok=True)
 
     def write(self) -> None:
         """Everything so far, JSON and Markdown. Each file is replaced as a whole."""
         beat()
         self.folder.mkdir(parents=True, exist_ok=True)
-        texts = {self._path(name): json.dumps(found, indent=1) for name, found in self.files.items() if found["cells"]}
-        texts[self._path("kernels")] = json.dumps(self.run, indent=1)
-        texts[self.table_path] = markdown(self)
-        for path, text in texts.items():
-            partial = path.with_suffix(".partial")
-            partial.write_text(text + "\n")
-            partial.replace(path)
+        for name, found in self.files.items():
+            if found["cells"] or name == "kernels":
+                _replace(self._path(name), json.dumps(finite(found), indent=1, allow_nan=False))
+        _replace(self.table_path, markdown(self))  # last: an error in there loses no number
 
     def columns(self, precision: str, setting: str) -> dict[str, Cell]:
         """The cells of one network, composite and batch, to be filled."""
@@ -86,6 +89,18 @@ class Results:
         cell = self.files[precision]["cells"].get(setting, {}).get(column)
         return cell is not None and (provisional or cell.get("failed", False) or not cell.get("provisional"))
 
+    def measure_again(self, precision: str, setting: str, columns: Iterable[str]) -> None:
+        """Make provisional what was timed, unless it failed."""
+        cells = self.files[precision]["cells"].get(setting, {})
+        for cell in (cells[name] for name in columns if name in cells):
+            if "seconds" in cell and not cell.get("failed"):
+                cell["provisional"] = True
+
+    def tuning(self, setting: str) -> str | None:
+        """What came of tuning a setting, if it was tried."""
+        found: str | None = self.run.get("tuned", {}).get(setting)
+        return found
+
     @contextmanager
     def attempting(self, cells: dict[str, Cell], name: str, **known: object) -> Iterator[None]:
         """Within, a cell that is not there to stay says that the process ended: so that no later run ends the same way."""
@@ -93,7 +108,7 @@ class Results:
         if earlier and not earlier.get("provisional"):
             yield
             return
-        attempt = cells[name] = known | earlier | {"entry": "the process ended or hung", "failed": True}
+        attempt = cells[name] = known | earlier | {"entry": ENDED, "failed": True}
         self.write()
         try:
             yield
@@ -103,7 +118,7 @@ class Results:
             elif cells[name] is attempt:
                 del cells[name]
 
-    def leave_out(self, what: str, why: str = "no time left") -> None:
+    def leave_out(self, what: str, why: str = NO_TIME) -> None:
         """Record what was not measured."""
         self.run.setdefault("left out", {})[what] = why
 
@@ -117,6 +132,8 @@ class Results:
         unfinished = tests and tests["exit code"] is None and not tests["failed"]
         found = [f"GPU tests: {tests['summary']}"] if tests and tests["exit code"] != 0 and not unfinished else []
         found += [f"{stage}: {entry}" for stage, entry in self.run.get("stages", {}).items()]
+        fine = (*HAVE_CHOICES, "out of memory")
+        found += [f"tuning {name}: {entry}" for name, entry in self.run.get("tuned", {}).items() if entry not in fine]
         found += [f"kernel {key}: {cell['entry']}" for key, cell in self.run["cells"].items() if cell.get("failed")]
         for precision in PRECISIONS:
             for setting, columns in self.files[precision]["cells"].items():
@@ -126,14 +143,33 @@ class Results:
         return found
 
 
+def _replace(path: pathlib.Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 # Targets ----------------------------------------------------------------------------------------------------------------
 
 
 def targets(results: Results) -> list[tuple[str, str, str]]:
-    """The issue's targets for an H100: what, the measured value, yes or no (or ``not measured``)."""
+    """The issue's targets for an H100: what, the measured value (or ``not measured``), yes or no.
+
+    Numbers that are only provisional decide nothing: that is said instead of yes or no.
+    """
     cells = results.files["bfloat16"]["cells"]
-    columns, single = cells.get(HEADLINE, {}), cells.get(BATCH_ONE, {})
-    seconds = {name: cell["seconds"] for name, cell in columns.items() if "seconds" in cell}
+    columns, decided = _to_judge(cells.get(HEADLINE, {}), ("triton", "triton tuned"))
+    single, single_decided = _to_judge(cells.get(BATCH_ONE, {}), ("triton + graph",))
+    seconds = {name: cell["seconds"] for name, cell in columns.items()}
     interleaved = min((seconds[name] for name in ("triton", "triton tuned") if name in seconds), default=None)
     best = min((seconds[name] for name in OURS if name.startswith("triton") and name in seconds), default=None)
     peaks = [columns[name].get("peak bytes per image") for name in ("triton tuned", "triton") if name in seconds]
@@ -153,10 +189,23 @@ def targets(results: Results) -> list[tuple[str, str, str]]:
         ("at most 60 MB per image at the peak", peak, lambda x: x <= 60, "{:.1f} MB"),
         ("batch 1 under 1.5 ms with a CUDA graph", alone and 1000 * alone, lambda x: x < 1.5, "{:.2f} ms"),
     ]
-    return [
-        (what, "not measured", "") if value is None else (what, form.format(value), "yes" if met(value) else "no")
-        for what, value, met, form in rows
-    ]
+    judged = [*[decided] * 5, single_decided]
+    return [_judged(*row, final) for row, final in zip(rows, judged, strict=True)]
+
+
+def _to_judge(columns: dict[str, Cell], needed: Sequence[str]) -> tuple[dict[str, Cell], bool]:
+    """What was timed and did not fail, and whether it is final: all of it is, if any of what is ``needed`` is."""
+    timed = {name: cell for name, cell in columns.items() if "seconds" in cell and not cell.get("failed")}
+    final = {name: cell for name, cell in timed.items() if not cell.get("provisional")}
+    return (final, True) if any(name in final for name in needed) else (timed, False)
+
+
+def _judged(
+    what: str, value: float | None, met: Callable[[float], bool], form: str, final: bool
+) -> tuple[str, str, str]:
+    if value is None:
+        return what, "not measured", ""
+    return what, form.format(value), ("yes" if met(value) else "no") if final else "provisional"
 
 
 # Markdown ---------------------------------------------------------------------------------------------------------------
@@ -236,7 +285,15 @@ def _megabytes(cell: Cell | None) -> str:
 
 def _parity(cell: Cell) -> list[str]:
     bound = cell["bound"]
-    return [f"{cell['relative error']:.1e}", "none" if bound is None else f"{bound:.0e}", f"{cell['spearman']:.5f}"]
+    return [
+        _or_nan(cell["relative error"], "{:.1e}"), "none" if bound is None else f"{bound:.0e}",
+        _or_nan(cell["spearman"], "{:.5f}"),
+    ]  # fmt: skip
+
+
+def _or_nan(value: float | None, form: str) -> str:
+    """A number, or what is None in JSON."""
+    return form.format(math.nan if value is None else value)
 
 
 def _profile(profile: Cell) -> str:
@@ -264,7 +321,7 @@ def _kernels(run: Cell) -> str:
             key, str(cell["count"]), f"{1e6 * cell['seconds']:,.1f}", f"{cell['gigabytes per second']:,.0f}",
             f"{cell['teraflops']:,.1f}", f"{cell['share']:.0%}", f"{cell['eager seconds'] / cell['seconds']:.2f}x",
             str(cell.get("compiled entry", "")) if compiled is None else f"{compiled:.2f}x",
-            f"{cell['relative error']:.0e}",
+            _or_nan(cell["relative error"], "{:.0e}"),
         ])  # fmt: skip
     head = ("kernel", "count", "µs", "GB/s", "TFLOP/s", "of the floor", "over eager", "over compiled", "error")
     return f"## Kernels\n\nRates measured in this run: {rates}. {_whole(run)}\n\n{table(head, rows)}"

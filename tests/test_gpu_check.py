@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -29,12 +30,14 @@ import heartbeat
 import kernel_bench
 import lrp_fast.kernels.common
 import network_bench
+import report
 import timing
 from lrp_fast import LRP
 from report import Results, markdown, targets
 from settings import COMPILED, HEADLINE, SECOND, SINGLE, TUNED, Setting, columns_of, settings
 from timing import Budget, Cuda, DeviceLostError, Host, OutOfTimeError, time_limit
 
+code_state = gpu_check.code_state
 PASSING = "import sys; print('3 passed in 0.01s')"
 FAILING = "import sys; print('FAILED tests/test_it.py::test_it'); print('1 failed, 2 passed in 0.01s'); sys.exit(1)"
 
@@ -78,7 +81,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Calla
     file = tmp_path / "heartbeat"
     file.touch()
     monkeypatch.setenv(heartbeat.FILE, str(file))
-    return lambda: file.stat().st_mtime - time.time()
+    return lambda: file.stat().st_mtime - time.monotonic()
 
 
 def dry_run(folder: pathlib.Path, *arguments: str) -> int:
@@ -488,7 +491,8 @@ def test_a_lost_device_is_left_for_a_new_process(tmp_path: pathlib.Path, monkeyp
     with pytest.raises(ReplacedError):
         dry_run(tmp_path, "--minutes", "4", "--began", str(time.monotonic() - 60), "--no-networks")
     (_, command), _ = execute.call_args
-    assert {"--resume", "--no-tests", "--no-networks"} <= set(command)
+    assert {"--no-tests", "--no-networks"} <= set(command)
+    assert "--resume" not in command
     assert len(file(tmp_path, "kernels")["cells"]) == 1
     options = gpu_check.parse(command[2:])
     assert options.output == tmp_path
@@ -575,6 +579,31 @@ def test_targets_are_judged() -> None:
     assert said in markdown(results)
 
 
+def test_targets_are_judged_by_final_numbers() -> None:
+    results = Results(pathlib.Path("nowhere"), "H100", "v", "abc")
+    columns = results.columns("bfloat16", "resnet50/otsuki2024/256")
+    columns |= {
+        "triton": {"seconds": 0.05, "provisional": True, "peak bytes per image": 70e6},
+        "triton tuned": {"seconds": 0.04, "provisional": True, "peak bytes per image": 59e6},
+        "triton + graph": {"seconds": 0.032, "provisional": True, "failed": True},
+        "torch compiled": {"seconds": 0.05, "provisional": True},
+        "zennit": {"seconds": 1.0, "provisional": False},
+    }
+    results.columns("bfloat16", "resnet50/otsuki2024/1")["triton + graph"] = {"seconds": 1.6e-3}
+
+    def found() -> list[tuple[str, str]]:
+        return [(value, met) for _, value, met in targets(results)]
+
+    values = ["6,400 images/s", "1.25x", "25.0x", "59.0 MB"]
+    expected = [(value, "provisional") for value in values] + [("1.60 ms", "no")]
+    assert found() == [*expected[:2], ("not measured", ""), *expected[2:]]
+    columns["triton"]["provisional"] = False
+    assert found() == [
+        ("5,120 images/s", "no"), ("not measured", ""), ("not measured", ""), ("20.0x", "yes"), ("70.0 MB", "no"),
+        ("1.60 ms", "no"),
+    ]  # fmt: skip
+
+
 def test_every_specialization_is_compiled_by_one_process() -> None:
     kernel = mock.Mock(__name__="_kernel", arg_names=["x", "rows", "SIZE"])
     kernel.params = [mock.Mock(is_constexpr=name == "SIZE") for name in kernel.arg_names]
@@ -634,13 +663,12 @@ def program(*lines: str) -> list[str]:
 def test_what_hangs_is_ended_and_another_process_goes_on(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(heartbeat, "SILENCE", 3.0)
-    monkeypatch.setattr(heartbeat, "MARGIN", 0.0)
+    monkeypatch.setattr(heartbeat, "STARTING", 3.0)
     helper, out = tmp_path / "helper", tmp_path / "beaten"
-    beating = [f"open({str(out)!r}, 'w').write(str(os.stat(os.environ[heartbeat.FILE]).st_mtime - time.time()))"]
+    beating = [f"open({str(out)!r}, 'w').write(str(os.stat(os.environ[heartbeat.FILE]).st_mtime - time.monotonic()))"]
     hanging = program(
         "import subprocess",
-        f"open({str(helper)!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid))",
+        f"open({str(helper)!r}, 'w').write(str(subprocess.Popen(['sleep', '600'], process_group=0).pid))",
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
         "time.sleep(600)",
     )
@@ -684,6 +712,76 @@ def supervising(child: list[str]) -> Any:
         process.kill()
 
 
+def test_a_process_has_time_to_start_and_none_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = program("sys.exit(int(os.stat(os.environ[heartbeat.FILE]).st_mtime - time.monotonic()))")
+    assert 220 < heartbeat.supervise(asked, [], math.inf) <= 240
+    monkeypatch.setattr(heartbeat, "OVERTIME", 1.0)
+    beating = program("for _ in range(300):", "    heartbeat.beat(); time.sleep(0.1)")
+    begin = time.monotonic()
+    assert heartbeat.supervise(beating, beating, begin + 1) == 1
+    assert 2 <= time.monotonic() - begin < 15
+
+
+def test_what_cannot_even_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(seconds: float) -> int:
+        raise subprocess.TimeoutExpired("stuck in the driver", seconds)
+
+    stuck = mock.Mock(**{"poll.return_value": None, "wait.side_effect": wait})
+    monkeypatch.setattr(heartbeat, "STARTING", 0.0)
+    monkeypatch.setattr(heartbeat, "_end_session", mock.Mock())
+    monkeypatch.setattr(heartbeat.subprocess, "Popen", lambda *_, **__: stuck)
+    assert heartbeat.supervise([], [], time.monotonic()) == 1
+    assert stuck.wait.call_args_list == [mock.call(heartbeat.GRACE)]
+
+
+def test_a_supervised_process_runs_nothing_at_exit(
+    supervised: Callable[[], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = mock.Mock(side_effect=SystemExit)
+    monkeypatch.setattr(os, "_exit", left)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    program = str(gpu_check.ROOT / "bench" / "gpu_check.py")
+    with pytest.raises(SystemExit):
+        runpy.run_path(program, run_name="__main__")
+    left.assert_called_once_with(2)
+    monkeypatch.delenv(heartbeat.FILE)
+    monkeypatch.setattr(heartbeat, "supervise", lambda *_: 3)
+    with pytest.raises(SystemExit, match="3"):
+        runpy.run_path(program, run_name="__main__")
+    assert left.call_count == 1
+
+
+def with_helper(*lines: str) -> list[str]:
+    """A process that prints its helper's number, whose process group is its own."""
+    helper = "subprocess.Popen(['sleep', '600'], process_group=0, stdout=subprocess.DEVNULL)"
+    return program("import subprocess", f"print({helper}.pid, flush=True)", *lines)
+
+
+def test_helpers_end_with_the_check(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert heartbeat.supervise(with_helper("sys.exit(7)"), [], math.inf) == 7
+    assert ended(int(capfd.readouterr().out))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_terminated_supervisor_ends_the_check_and_its_helpers() -> None:
+    with supervising(with_helper("print(os.getpid(), flush=True); time.sleep(60)")) as process:
+        both = [int(process.stdout.readline()) for _ in range(2)]
+        process.terminate()
+        assert process.wait(20) == 143
+        assert all(map(ended, both))
+
+
+def test_helpers_are_of_the_same_session(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    program = "import os; print(os.getsid(0), os.getpgid(0) == os.getpid())"
+    instead_of_pytest(monkeypatch, program)
+    expected = f"{os.getsid(0)} True"
+    assert gpu_check.run_tests((), tmp_path / "tests.log", 20.0)["summary"] == expected
+    with ahead.CompileAhead(["job"], tmp_path / "log", (sys.executable, "-c", program)) as running:
+        assert running.wait(20.0) == "1 of 1 jobs complete"
+    assert (tmp_path / "log").read_text().strip() == expected
+
+
 def test_ctrl_c_reaches_the_check(tmp_path: pathlib.Path) -> None:
     child = program(
         "try:", "    print('begun', flush=True); time.sleep(60)", "except KeyboardInterrupt:",
@@ -714,7 +812,8 @@ def test_the_check_is_supervised_but_for_its_helpers(monkeypatch: pytest.MonkeyP
     assert first.began == later.began == pytest.approx(deadline - 180)
     assert (first.minutes, first.no_tune, first.output) == (later.minutes, later.no_tune, later.output)
     assert (first.resume, first.no_tests, first.no_ahead) == (False, False, False)
-    assert (later.resume, later.no_tests, later.no_ahead) == (True, True, True)
+    assert (later.resume, later.no_tests, later.no_ahead) == (False, True, True)
+    assert gpu_check.parse(gpu_check.again(gpu_check.parse(["--resume"]))[2:]).resume
     assert gpu_check.main(["--ahead", "kernels 0 1"]) == 6
     assert supervised.call_count == 1
 
@@ -738,3 +837,207 @@ def test_everything_that_is_said_or_written_or_limited_is_a_sign_of_life(
     assert beaten(lambda: ahead.CompileAhead([], tmp_path / "log").wait(math.inf)) > 1e5
     monkeypatch.delenv(heartbeat.FILE)
     assert beaten(lambda: Budget(1).say("nobody listens")) < 0
+
+
+# What a restart goes on from --------------------------------------------------------------------------------------------
+
+
+def small_run() -> tuple[Results, Setting]:
+    """The headline in miniature, with a time."""
+    results, setting = Results(pathlib.Path("nowhere"), "dry-run", "v", "abc"), Setting("cifar", "float32", 1)
+    results.columns(setting.precision, setting.key)["triton"] = {"seconds": 1.0}
+    return results, setting
+
+
+def test_a_profile_that_ends_the_process_is_not_tried_again(tmp_path: pathlib.Path) -> None:
+    results, setting = small_run()
+    results.folder = tmp_path
+    device, written = mock.Mock(wraps=Host(), torch_device=torch.device("cpu"), dry=True), []
+
+    def profiled(run: Callable[[], Any]) -> Any:
+        written.append(Results(tmp_path, "dry-run", "v", "abc"))
+        written[-1].load()
+        raise OutOfTimeError
+
+    device.profiled.side_effect = profiled
+    network_bench.profile(setting, results, device, Budget(0))
+    assert results.run["left out"] == {"profile": "no time left"}
+    with pytest.raises(OutOfTimeError):
+        network_bench.profile(setting, results, device, Budget(5))
+    assert results.run["left out"] == {}
+    (after,) = written
+    assert after.run["left out"] == {"profile": "the process ended or hung"}
+    network_bench.profile(setting, after, device, Budget(5))
+    assert device.profiled.call_count == 1
+    device.profiled.side_effect = RuntimeError("no counters")
+    for _ in range(2):
+        network_bench.profile(setting, results, device, Budget(5))
+    assert device.profiled.call_count == 2
+    assert results.run["left out"] == {"profile": "error: RuntimeError: no counters"}
+    del results.run["left out"]["profile"]
+    device.profiled.side_effect = lambda run: ([("kernel", 1, 2.0)], 3.0)
+    network_bench.profile(setting, results, device, Budget(5))
+    assert results.run["profile"]["rows"] == [{"kernel": "kernel", "calls": 1, "seconds": 2.0, "share": 1.0}]
+    assert results.run["left out"] == {}
+
+
+def test_the_profile_comes_after_the_settings_that_have_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+    monkeypatch.setattr(network_bench, "_measure_setting", lambda setting, *_: order.append(setting))
+    monkeypatch.setattr(network_bench, "profile", lambda *_: order.append("profile"))
+    results = Results(pathlib.Path("nowhere"), "device", "v", "abc")
+    network_bench.measure_networks(results, mock.Mock(dry=False), Budget(5), tune=True)
+    assert order[:4] == [HEADLINE, SINGLE, "profile", SECOND]
+    order.clear()
+    network_bench.measure_networks(results, mock.Mock(dry=False), Budget(5), tune=False, first=True)
+    assert order == [HEADLINE, SINGLE]
+
+
+def test_nan_is_null_on_disk_and_nan_in_the_table(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(tmp_path, "device", "v", "abc")
+    cell = {"relative error": math.nan, "bound": 1e-5, "spearman": -math.inf, "entry": "FAILED", "failed": True}
+    results.columns("float32", "setting")["torch"] = dict(cell)
+    results.run["lists"] = [1.0, math.inf]
+    results.write()
+    texts = {path: path.read_text() for path in tmp_path.glob("*.json")}
+    assert len(texts) == 2
+    assert not [text for text in texts.values() if re.search("NaN|Infinity", text)]
+    again = Results(tmp_path, "device", "v", "abc")
+    again.load()
+    assert again.columns("float32", "setting")["torch"] == cell | {"relative error": None, "spearman": None}
+    assert again.run["lists"] == [1.0, None]
+    assert "| setting | torch | nan | 1e-05 | nan |" in markdown(again)
+    monkeypatch.setattr(report, "markdown", mock.Mock(side_effect=TypeError("cannot be formatted")))
+    again.columns("float32", "setting")["triton"] = {"seconds": 1.5}
+    with pytest.raises(TypeError):
+        again.write()
+    assert "1.5" in (tmp_path / "device-float32-v.json").read_text()
+
+
+def test_a_restart_goes_on_from_this_run_alone(tmp_path: pathlib.Path) -> None:
+    def results(began: float) -> Results:
+        return Results(tmp_path, "dry-run", "v", "abc", began)
+
+    old = results(1.0)
+    old.columns("float32", "setting")["torch"] = {"seconds": 1.0}
+    old.columns("tf32", "setting")["torch"] = {"seconds": 1.0}
+    old.write()
+    (tmp_path / "another-tf32-v.json").touch()
+    new = results(2.5)
+    new.load(earlier=False)
+    assert not any(found["cells"] for found in new.files.values())
+    assert [path.name for path in tmp_path.glob("*.json")] == ["another-tf32-v.json"]
+    new.columns("float32", "setting")["torch"] = {"seconds": 2.0}
+    new.write()
+    restarted = results(2.5)
+    restarted.load(earlier=False)
+    assert restarted.files["float32"]["cells"] == new.files["float32"]["cells"]
+    resumed = results(3.0)
+    resumed.load()
+    assert resumed.files["float32"]["cells"] == new.files["float32"]["cells"]
+
+
+def test_a_check_begins_anew_unless_it_is_resumed(tmp_path: pathlib.Path) -> None:
+    nothing = ("--no-tests", "--no-kernels", "--no-networks")
+    assert dry_run(tmp_path, *nothing, "--began", "1.5") == 0
+    (path,) = tmp_path.glob("*-kernels-*.json")
+
+    def left_out(*arguments: str) -> Any:
+        path.write_text(json.dumps({"code": "abc", "began": 1.5, "cells": {}, "left out": {"all": "why"}}))
+        assert dry_run(tmp_path, *nothing, *arguments) == 0
+        return json.loads(path.read_text()).get("left out")
+
+    assert left_out() is None
+    assert left_out("--resume") == left_out("--full") == left_out("--began", "1.5") == {"all": "why"}
+
+
+def test_measurements_belong_to_what_timed_them(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"network_bench.py", "kernel_bench.py", "timing.py", "cases.py"} <= set(gpu_check.TIMING)
+    (tmp_path / "bench").mkdir()
+    for name in gpu_check.TIMING:
+        (tmp_path / "bench" / name).write_bytes((gpu_check.ROOT / "bench" / name).read_bytes())
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    states = {code_state()}
+    for name in gpu_check.TIMING:
+        (tmp_path / "bench" / name).write_text("changed")
+        states.add(code_state())
+    assert len(states) == len(gpu_check.TIMING) + 1
+
+
+def measured(
+    monkeypatch: pytest.MonkeyPatch, results: Results, setting: Setting, seconds: float = 400.0, tune: bool = True
+) -> list[str]:
+    """The columns that would be measured with so much time left."""
+    bench = mock.Mock()
+    monkeypatch.setattr(network_bench, "Bench", bench)
+    monkeypatch.setattr(results, "write", mock.Mock())
+    budget = mock.Mock(**{"remaining.return_value": seconds})
+    network_bench._measure_setting(setting, results, mock.Mock(dry=False), budget, tune, full=False)
+    return list(bench().measure.call_args.args[0]) if bench().measure.called else []
+
+
+def test_a_tuned_column_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, column = Results(pathlib.Path("nowhere"), "device", "v", "abc"), f"{SINGLE} triton tuned"
+    assert "triton tuned" in measured(monkeypatch, results, SINGLE)
+    assert "triton tuned" not in measured(monkeypatch, results, SINGLE, tune=False)
+    assert results.run.get("left out", {}) == {}
+    assert "triton tuned" not in measured(monkeypatch, results, SINGLE, seconds=80.0)
+    assert results.run["left out"] == {column: "no time left"}
+    results.run["tuned"] = {str(SINGLE): "cut short"}
+    assert results.failures() == []
+    assert "triton tuned" in measured(monkeypatch, results, SINGLE, seconds=80.0, tune=False)
+    results.run["tuned"] = {str(SINGLE): "crashed"}
+    assert "triton tuned" not in measured(monkeypatch, results, SINGLE)
+    assert results.run["left out"] == {column: "tuning: crashed"}
+    assert results.failures() == [f"tuning {SINGLE}: crashed"]
+    assert f"tuning {SINGLE}: crashed" in markdown(results)
+
+
+@pytest.mark.parametrize(
+    ("error", "entry", "failures"),
+    [(RuntimeError("no"), "error: RuntimeError: no", 1), (torch.cuda.OutOfMemoryError("no"), "out of memory", 0)],
+)
+def test_tuning_that_fails_is_told(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: Exception, entry: str, failures: int
+) -> None:
+    tune = mock.Mock(side_effect=error)
+    monkeypatch.setattr(LRP, "tune", tune)
+    results = Results(tmp_path, "dry-run", "v", "abc")
+    bench = network_bench.Bench(Setting("cifar", "float32", 1), Host(), results, Budget(5))
+    assert not bench._tuned()
+    assert results.run["left out"] == {"cifar/otsuki2024/1 float32 triton tuned": f"tuning: {entry}"}
+    assert len(results.failures()) == failures
+    results.run["tuned"].clear()
+    tune.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        bench._tuned()
+    assert results.run["tuned"] == {}
+
+
+def test_a_graph_is_recorded_tuned_where_choices_are_there(tmp_path: pathlib.Path) -> None:
+    results, setting = Results(tmp_path, "dry-run", "v", "abc"), Setting("cifar", "float32", 1)
+    bench = network_bench.Bench(setting, Host(), results, Budget(5))
+    with mock.patch.object(bench, "_measure_group") as group:
+        bench.measure(["triton + graph"])
+        assert mock.call(["triton", "triton + graph"]) in group.call_args_list
+        results.run["tuned"] = {str(setting): "complete"}
+        bench.measure(["triton + graph"])
+        assert mock.call(["triton tuned", "triton + graph"]) in group.call_args_list
+
+
+def test_what_is_missing_is_measured_with_the_others_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, setting = Results(pathlib.Path("nowhere"), "device", "v", "abc"), settings(dry=False, full=False)[3]
+    group = ["forward", "torch", "triton"]
+    assert columns_of(setting, dry=False, full=False) == [*group, "triton tuned", "triton + graph", "zennit", "captum"]
+    cells = results.columns(setting.precision, setting.key)
+    for name in (*group, "triton + graph", "zennit", "captum"):
+        cells[name] = {"seconds": 1.0, "provisional": False}
+    assert measured(monkeypatch, results, setting) == []
+    del cells["captum"]
+    assert measured(monkeypatch, results, setting) == ["captum"]
+    del cells["triton"]
+    assert measured(monkeypatch, results, setting, seconds=1.0) == []
+    assert not any(cell["provisional"] for cell in cells.values())
+    cells["torch"] |= {"failed": True}
+    assert measured(monkeypatch, results, setting) == ["forward", "triton", "captum"]
+    assert [name for name, cell in cells.items() if cell["provisional"]] == ["forward"]
