@@ -759,13 +759,15 @@ def _targets(target: Target, count: int) -> _Targets:
 class _Start(NamedTuple):
     """What is propagated, K×N×classes, for the classes K×N, and what the maps are multiplied with in the end, K×N float64.
 
-    So that relevance far below one does not underflow on its way. ``single``: K is 1 and not to be shown.
+    So that relevance far below one does not underflow on its way. ``single``: K is 1 and not to be shown. ``given``: by the
+    caller, not one for the class.
     """
 
     relevance: Tensor
     classes: Tensor
     scale: Tensor
     single: bool
+    given: bool = False
 
     @property
     def maps(self) -> int:
@@ -790,7 +792,7 @@ def _given_start(start: StartArgument, output: Tensor, targets: _Targets) -> _St
         raise ValueError("the start relevance is not finite (NaN or infinity)")
     begin = begin[None] if given.ndim == 2 else begin.transpose(0, 1)
     scale = begin.new_ones(begin.shape[:2], dtype=torch.float64)
-    return _Start(begin, output.argmax(1).expand(begin.shape[0], -1), scale, given.ndim == 2)
+    return _Start(begin, output.argmax(1).expand(begin.shape[0], -1), scale, given.ndim == 2, True)
 
 
 def _assemble(
@@ -807,10 +809,12 @@ def _assemble(
         return placed((x if precise else x.float()) * factor.reshape(*factor.shape, *[1] * (x.ndim - 2)))
 
     total = relevance.sum(tuple(range(2, relevance.ndim)), dtype=torch.float64)
-    begin = start.relevance.sum(-1, dtype=torch.float64)
-    # Where contributions for and against cancel, all of them: what is lost is then still a share of something.
-    whole = torch.copysign(start.relevance.abs().sum(-1, dtype=torch.float64), begin)
-    leak = torch.where((whole == 0) & (total == 0), 0.0, (begin - total) / whole)
+    begin, leak = start.scale, 1.0 - total
+    if start.given:
+        begin = start.relevance.sum(-1, dtype=torch.float64)
+        # Where contributions for and against cancel, all of them: what is lost is then still a share of something.
+        whole = torch.copysign(start.relevance.abs().sum(-1, dtype=torch.float64), begin)
+        leak = torch.where((whole == 0) & (total == 0), 0.0, (begin - total) / whole)
     overflows = ~(output < math.inf).all(1)  # NaN too; what a model rules out may be −infinity
     leak = leak.masked_fill(overflows, math.nan)
     start = start._replace(scale=start.scale.masked_fill(overflows, math.nan))
@@ -821,7 +825,7 @@ def _assemble(
         heatmap=heatmap,
         target=placed(start.classes),
         output=output,
-        start=placed(begin * start.scale).to(heatmap.dtype),
+        start=placed(begin).to(heatmap.dtype),
         leak=placed(leak).to(heatmap.dtype),
         layers={name: scaled(found) for name, found in layers.items()},
     )
