@@ -18,7 +18,7 @@ from torch import Tensor
 from cases import KernelCase, Prepared, kernel_cases, small_cases
 from lrp_fast.scopes import float32_precision
 from predict import H100, predicted
-from report import Cell, Results
+from report import ENDED, Cell, Results
 from timing import Budget, Device, OutOfTimeError, time_limit
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
@@ -95,7 +95,7 @@ def measure_compiled(results: Results, device: Device, budget: Budget, full: boo
         if not budget.remaining():
             results.leave_out(where)
             continue
-        cell["compiled entry"] = "the process ended or hung"
+        cell["compiled entry"] = ENDED
         results.write()
         found = _compiled(row, device, min(COMPILING_SECONDS, budget.remaining()))
         del cell["compiled entry"]

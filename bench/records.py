@@ -33,7 +33,11 @@ def file_name(name: str) -> str:
 
 def write(file: Path, result: Mapping[str, object]) -> Path:
     """Write a JSON file, as a whole or not at all; raises ``ValueError`` for NaN and infinity, which JSON does not have."""
-    text = json.dumps(result, indent=1, allow_nan=False)
+    return write_text(file, json.dumps(result, indent=1, allow_nan=False))
+
+
+def write_text(file: Path, text: str) -> Path:
+    """Write a text file, as a whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(text + "\n")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import records
 from heartbeat import beat
 
 Cell = dict[str, Any]
@@ -73,11 +74,10 @@ class Results:
     def write(self) -> None:
         """Everything so far, JSON and Markdown. Each file is replaced as a whole."""
         beat()
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name, found in self.files.items():
             if found["cells"] or name == "kernels":
-                _replace(self._path(name), json.dumps(finite(found), indent=1, allow_nan=False))
-        _replace(self.table_path, markdown(self))  # last: an error in there loses no number
+                records.write(self._path(name), finite(found))
+        records.write_text(self.table_path, markdown(self))  # last: an error in there loses no number
 
     def columns(self, precision: str, setting: str) -> dict[str, Cell]:
         """The cells of one network, composite and batch, to be filled."""
@@ -141,12 +141,6 @@ class Results:
                     if cell.get("failed"):
                         found.append(f"{setting} {precision} {column}: {cell['entry']}")
         return found
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
 
 
 def finite(value: Any) -> Any:

@@ -17,6 +17,19 @@ from lrp_fast.plan import Plan
 from lrp_fast.reference import CAUSES, ReferenceResult, per_image
 
 
+def whole_of(start: Tensor) -> Tensor:
+    """What losses are shares of, float64, from a start relevance … × classes: its sum.
+
+    Of one for and against, the sum of its magnitudes, with the sum's sign: where they cancel it is still a share of something.
+    """
+    return torch.copysign(start.abs().sum(-1, dtype=torch.float64), start.sum(-1, dtype=torch.float64))
+
+
+def leak_of(start: Tensor, arrived: Tensor, whole: Tensor) -> Tensor:
+    """``(start − arrived) / whole``; 0 where nothing was put in and nothing arrived."""
+    return torch.where((whole == 0) & (arrived == 0), 0.0, (start - arrived) / whole)
+
+
 @dataclass(frozen=True)
 class AuditRow:
     """One step: relevance ``received`` at its output and ``passed`` on to its inputs, and what was lost, by cause.
@@ -41,7 +54,7 @@ class AuditRow:
 class Audit:
     """Every step's account, output first; ``start`` at the output and ``arrived`` at the input, per image (float64).
 
-    ``whole``: what losses are shares of: the start, or of one for and against the sum of its magnitudes, with its sign.
+    ``whole``: what losses are shares of, see :func:`whole_of`.
     """
 
     rows: tuple[AuditRow, ...]
@@ -52,8 +65,7 @@ class Audit:
     @property
     def leak(self) -> Tensor:
         """``(start − arrived) / whole`` per image; 0 where both are 0."""
-        same = (self.whole == 0) & (self.arrived == 0)
-        return torch.where(same, 0.0, (self.start - self.arrived) / self.whole)
+        return leak_of(self.start, self.arrived, self.whole)
 
     def share(self, values: Tensor) -> float:
         """The mean over the images of ``values`` as shares of the ``whole``; an image where that is 0 counts as 0."""
@@ -95,6 +107,4 @@ def audit_rows(plan: Plan, assignments: Sequence[Assignment], result: ReferenceR
         chosen = assignment.rule or assignment.pool or (assignment.split and assignment.split.name)
         received = per_image(result.relevance[index])
         rows.append(AuditRow(step.name, step.operation, str(chosen or "passing"), received, passed, shares.lost))
-    begin = per_image(start)
-    whole = torch.copysign(per_image(start.abs()), begin)
-    return Audit(tuple(rows), begin, per_image(result.relevance[0]), whole)
+    return Audit(tuple(rows), per_image(start), per_image(result.relevance[0]), whole_of(start))

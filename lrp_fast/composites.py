@@ -172,6 +172,12 @@ class Composite:
                 raise ValueError(f"the rule for {pattern!r} fits no linear layer of the model; there are: {names}")
 
 
+def as_composite(composite: str | Composite, split: str | Split | Splits | None = None) -> Composite:
+    """A composite, or the one of that name; with other splits if ``split`` is given. Raises ``ValueError`` for unknown names."""
+    chosen = composite if isinstance(composite, Composite) else Composite.named(composite)
+    return chosen if split is None else chosen.with_split(split)
+
+
 def _plain(value: object) -> str:
     """A rule as text, the same for equal numbers of any type, and whole."""
     if is_dataclass(value):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.multiprocessing
 from lrp_fast.batches import PipelineError, Setup
 from lrp_fast.data import Source
 from lrp_fast.pipeline import OnBatch, OnFailure, Pipeline, PipelineOptions, Progress, bytes_per_image
-from lrp_fast.scopes import current_device
+from lrp_fast.scopes import current_device, interruptions_heard_by
 from lrp_fast.store import WHOLE, Part, Store, StoreError
 
 
@@ -60,7 +59,8 @@ def attribute_on_devices(
     ]
     watch = _Watch(jobs, on_failure, on_batch)
     try:
-        with _interrupted_afterwards(stop):
+        # Half-started processes could not be told to end.
+        with interruptions_heard_by(stop.set):
             for job in jobs:
                 watch.start(context, job, stop)
         while watch.running:
@@ -77,24 +77,6 @@ def attribute_on_devices(
     found = watch.total(interrupted=stop.is_set())
     found.bytes_per_image = bytes_per_image(Store(path))
     return found
-
-
-@contextlib.contextmanager
-def _interrupted_afterwards(stop: Any) -> Iterator[None]:
-    """What would interrupt the start of a process only sets ``stop``: half-started ones could not be told to end."""
-    interrupting = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) is signal.default_int_handler
-    ]
-    for number in interrupting:
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        yield
-    finally:
-        for number in interrupting:
-            signal.signal(number, signal.default_int_handler)
 
 
 class _Watch:

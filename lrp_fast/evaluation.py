@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lrp_fast.composites import Composite
+from lrp_fast.composites import as_composite
 from lrp_fast.data import Source
 from lrp_fast.explain import Attribution
 from lrp_fast.images import ImageError, decode_image
@@ -556,9 +556,7 @@ def _about(method: Method) -> dict[str, Any]:
     """What decides the maps of a method of ours beside its name, which a user may choose; others are known by that alone."""
     if not isinstance(method, LRPMethod):
         return {}
-    composite = method.composite if isinstance(method.composite, Composite) else Composite.named(method.composite)
-    composite = composite if method.split is None else composite.with_split(method.split)
-    return {**composite.record(), "levels": method.levels}
+    return {**as_composite(method.composite, method.split).record(), "levels": method.levels}
 
 
 def machine(device: torch.device) -> str:

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lrp_fast import reference
-from lrp_fast.audit import Audit, audit_rows
+from lrp_fast.audit import Audit, audit_rows, leak_of, whole_of
 from lrp_fast.backends.passes import Passes
 from lrp_fast.backends.torch import LinearOperation, channels_last
-from lrp_fast.composites import STARTS, Assignment, Composite
+from lrp_fast.composites import STARTS, Assignment, Composite, as_composite
 from lrp_fast.engine import Program, bind_linears
 from lrp_fast.layers import Shape
 from lrp_fast.memory import keep_freed_memory
 from lrp_fast.plan import TraceError, Unit
 from lrp_fast.scopes import current_device, float32_precision
-from lrp_fast.splits import Split, Splits, as_splits
+from lrp_fast.splits import Split, Splits
 from lrp_fast.trace import restored, trace
 from lrp_fast.watch import Watch, hooked, parameter_table
 
@@ -137,8 +137,7 @@ class LRP:
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-        chosen = composite if isinstance(composite, Composite) else Composite.named(composite)
-        self.composite = chosen if split is None else replace(chosen, splits=as_splits(split))
+        self.composite = as_composite(composite, split)
         self.model = model
         self.compile = compile
         self.tf32 = tf32
@@ -290,12 +289,12 @@ class LRP:
         Takes a minute or more, once for a device, network and shape; returns a table of what was chosen. Later explainers
         find the choices by themselves. Raises ``ValueError`` unless the backend is triton on a CUDA device.
         """
-        parameters = self._refresh_if_changed()
-        if self.backend != "triton" or self.device.type != "cuda":
-            raise ValueError(
-                f"tune() measures the triton backend on a CUDA device, got {self.backend!r} on {self.device}"
-            )
         with torch.inference_mode(False), torch.no_grad():
+            parameters = self._refresh_if_changed()
+            if self.backend != "triton" or self.device.type != "cuda":
+                raise ValueError(
+                    f"tune() measures the triton backend on a CUDA device, got {self.backend!r} on {self.device}"
+                )
             self._check_inputs(inputs, parameters)
             with self._running():
                 program = self._program(inputs, frozenset(), False).program
@@ -391,9 +390,7 @@ class LRP:
             serve = self._serve if self.backend == "triton" else None
             program = Program(self.plan, self._assignments, self._linears, shapes, like, observed, heatmap, serve, maps)
             runner = _Recorded(program) if self.cuda_graph else _Runner(program, self.compile)
-        self._programs[key] = runner
-        while len(self._programs) > PROGRAMS_KEPT:
-            del self._programs[next(iter(self._programs))]
+        _keep(self._programs, key, runner, PROGRAMS_KEPT)
         return runner
 
     def _serve(
@@ -549,6 +546,13 @@ class LRP:
             )
 
 
+def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
+    """Put a value that was taken out, or is new, behind all others, and drop the first beyond ``most``: the longest unused."""
+    kept[key] = value
+    while len(kept) > most:
+        del kept[next(iter(kept))]
+
+
 def _finite_check(inputs: Tensor) -> Callable[[], None]:
     """What raises ``ValueError`` for inputs that are not finite.
 
@@ -652,9 +656,7 @@ class _Recorded(_Runner):
     def backward(self, tape: None, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         maps = start.shape[0]
         recording = self._back.pop(maps, None) or self._record_backward(start)
-        self._back[maps] = recording
-        while len(self._back) > MAPS_KEPT:
-            del self._back[next(iter(self._back))]
+        _keep(self._back, maps, recording, MAPS_KEPT)
         relevance, at = recording.replayed(start)
         result = relevance.clone(), {step: found.clone() for step, found in at.items()}
         self._done.record()
@@ -812,9 +814,7 @@ def _assemble(
     begin, leak = start.scale, 1.0 - total
     if start.given:
         begin = start.relevance.sum(-1, dtype=torch.float64)
-        # Where contributions for and against cancel, all of them: what is lost is then still a share of something.
-        whole = torch.copysign(start.relevance.abs().sum(-1, dtype=torch.float64), begin)
-        leak = torch.where((whole == 0) & (total == 0), 0.0, (begin - total) / whole)
+        leak = leak_of(begin, total, whole_of(start.relevance))
     overflows = ~(output < math.inf).all(1)  # NaN too; what a model rules out may be −infinity
     leak = leak.masked_fill(overflows, math.nan)
     start = start._replace(scale=start.scale.masked_fill(overflows, math.nan))

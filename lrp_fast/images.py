@@ -297,6 +297,11 @@ def written_into(folder: Path) -> dict[str, str]:
     return {name: known for name, _, known in (line.partition("\t") for line in lines)}
 
 
+def manifest_line(name: str, known: str) -> str:
+    """A file as :func:`written_into` reads it."""
+    return f"{name}\t{known}\n" if known else f"{name}\n"
+
+
 def mark(file: Path) -> str:
     """By which a file is known again, unless somebody has put another in its place: its size and when it was written."""
     found = file.lstat()

@@ -42,6 +42,7 @@ from lrp_fast.batches import (
 )
 from lrp_fast.data import Source
 from lrp_fast.report.folder import safe_cell, write_whole
+from lrp_fast.scopes import interruptions_heard_by
 from lrp_fast.store import DONE, FAILED, MISSING, WHOLE, Array, Layout, Part, Store, StoreError, StoreWriter
 from lrp_fast.version import VERSION
 
@@ -258,10 +259,14 @@ class Pipeline:
         sampler: Any = list(pending)
         loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **options)
         try:
-            with _interrupted_afterwards():
+            heard: list[bool] = []
+            # Workers that are interrupted while they start look for what is gone by then.
+            with interruptions_heard_by(lambda: heard.append(True)):
                 if workers:
                     _start_fork_server()
                 decoded = iter(loader)
+            if heard:
+                raise KeyboardInterrupt
             yield from decoded
         # What comes of a worker that was killed, in whatever it was doing.
         except (RuntimeError, OSError, EOFError) as error:
@@ -319,27 +324,6 @@ def _check_shared_memory(workers: int, batch_bytes: int) -> None:
             f"{free / 1e6:.0f} MB left: take fewer --workers (0: none), a smaller --batch-size, or, in a container, give "
             "it more (docker run --shm-size=8g)"
         )
-
-
-@contextmanager
-def _interrupted_afterwards() -> Iterator[None]:
-    """What would interrupt the start of the workers does so after it: they would look for what is gone by then."""
-    interrupting = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) is signal.default_int_handler
-    ]
-    heard: list[int] = []
-    for number in interrupting:
-        signal.signal(number, lambda received, frame: heard.append(received))
-    try:
-        yield
-    finally:
-        for number in interrupting:
-            signal.signal(number, signal.default_int_handler)
-    if heard:
-        raise KeyboardInterrupt
 
 
 def _start_fork_server() -> None:

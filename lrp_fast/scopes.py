@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,27 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 def watched() -> bool:
     """Whether somebody looks at torch's operations: ``torch.compile``, which makes a graph of them, or a dispatch mode."""
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
+
+
+@contextmanager
+def interruptions_heard_by(told: Callable[[], object]) -> Iterator[None]:
+    """Have Ctrl-C, and a termination that interrupts likewise, call ``told`` and interrupt nothing.
+
+    Does nothing outside the main thread, where no signal arrives, and leaves handlers of the caller's own alone.
+    """
+    interrupting = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.default_int_handler
+    ]
+    for number in interrupting:
+        signal.signal(number, lambda *_: told())
+    try:
+        yield
+    finally:
+        for number in interrupting:
+            signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager

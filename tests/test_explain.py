@@ -730,18 +730,19 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return begun
 
 
-def pretend_to_record(explainer: LRP, images: Tensor) -> None:
-    """Which is refused without a device until it has found its place."""
+def recording_explainer(model: nn.Module, images: Tensor) -> LRP:
+    """One that records, which is refused without a device until it has found its place."""
+    explainer = LRP(model, backend="torch")
     explainer.explain(images[:1])
     explainer._programs.clear()
     explainer.cuda_graph = True
+    return explainer
 
 
 def test_a_recording_that_fails_is_not_replayed(
     model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]
 ) -> None:
-    explainer = LRP(model, backend="torch")
-    pretend_to_record(explainer, images)
+    explainer = recording_explainer(model, images)
     with pytest.raises(torch.OutOfMemoryError):
         explainer.explain(images)
     got = explainer.explain(images)
@@ -758,8 +759,7 @@ def test_a_recording_takes_inputs_of_any_dtype_and_keeps_few(
     model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]
 ) -> None:
     recordings.append({})
-    explainer = LRP(model, backend="torch")
-    pretend_to_record(explainer, images)
+    explainer = recording_explainer(model, images)
     output = explainer.explain(images.bfloat16()).output
     (runner,) = explainer._programs.values()
     assert isinstance(runner, _Recorded)
@@ -776,8 +776,7 @@ def test_recordings_are_replayed_one_at_a_time(
 ) -> None:
     """Two threads, or two streams, would read what the other has written."""
     recordings.append({})
-    explainer = LRP(model, backend="torch")
-    pretend_to_record(explainer, images)
+    explainer = recording_explainer(model, images)
     explainer._one_at_a_time = turn = mock.MagicMock()
     explainer.explain(images)
     turn.__enter__.assert_called_once()
@@ -788,8 +787,7 @@ def test_recordings_are_replayed_one_at_a_time(
 def test_a_recording_is_freed_at_once(model: nn.Module, images: Tensor, recordings: list[dict[str, Any]]) -> None:
     """It holds the memory of a whole explanation, which nobody should wait for a garbage collector to get back."""
     recordings.append({})
-    explainer = LRP(model, backend="torch")
-    pretend_to_record(explainer, images)
+    explainer = recording_explainer(model, images)
     explainer.explain(images)
     held = [weakref.ref(runner) for runner in explainer._programs.values()]
     gc.disable()

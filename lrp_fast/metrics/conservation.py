@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrp_fast.audit import Audit, AuditRow
+from lrp_fast.audit import Audit, AuditRow, leak_of
 from lrp_fast.explain import LRP, Attribution, Target
 from lrp_fast.reference import CAUSES
 
@@ -49,8 +49,7 @@ class Conservation:
     @property
     def leak(self) -> Tensor:
         """``(start − total) / start`` per image, signed: 0 where both are 0, infinite where only the start is."""
-        same = (self.start == 0) & (self.total == 0)
-        return torch.where(same, 0.0, (self.start - self.total) / self.start)
+        return leak_of(self.start, self.total, self.start)
 
     @property
     def mean(self) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lrp_fast.images import MANIFEST, mark, written_into
+from lrp_fast.images import MANIFEST, manifest_line, mark, written_into
 
 TABLE = "results.csv"
 PAGE = "index.html"
@@ -153,7 +153,7 @@ class OutputFolder:
     def _own(self, name: str, known: str = "") -> None:
         """List a file before it is there, so that a run that is killed leaves none that is not listed; and as it is then."""
         self._ours[name] = known
-        self._manifest.write(f"{name}\t{known}\n" if known else f"{name}\n")
+        self._manifest.write(manifest_line(name, known))
         self._manifest.flush()
 
     def _begin(self) -> TextIO:
@@ -162,11 +162,8 @@ class OutputFolder:
             return self._table
         self.begun = True
         for name, known in self._ours.items():
-            file = self.path / name
-            # The list may have been tampered with: only what a run would write, which is never a path or a folder.
-            own = name in (TABLE, PAGE) or (_OF_A_PICTURE.fullmatch(name) and known)
-            if own and (file.is_symlink() or file.is_file()) and (name in (TABLE, PAGE) or mark(file) == known):
-                file.unlink(missing_ok=True)
+            if self._is_left_by_a_run(name, known):
+                (self.path / name).unlink(missing_ok=True)
         self._ours = {name: known for name, known in self._ours.items() if os.path.lexists(self.path / name)}
         self._list_ours()
         self._manifest = self._open(MANIFEST, "a")
@@ -174,6 +171,14 @@ class OutputFolder:
         self._table = self._open(TABLE, "x")
         self._append(self._table, COLUMNS)
         return self._table
+
+    def _is_left_by_a_run(self, name: str, known: str) -> bool:
+        """Whether a listed file is there as it was written; the table and the page are, whatever is in them."""
+        file, always = self.path / name, name in (TABLE, PAGE)
+        # The list may have been tampered with: only what a run would write, which is never a path or a folder.
+        if not (always or (known and _OF_A_PICTURE.fullmatch(name))):
+            return False
+        return (file.is_symlink() or file.is_file()) and (always or mark(file) == known)
 
     @staticmethod
     def _append(table: TextIO, cells: Sequence[object]) -> None:
@@ -185,7 +190,7 @@ class OutputFolder:
         return self._opened.enter_context(opened)
 
     def _list_ours(self) -> None:
-        lines = [f"{name}\t{known}\n" if known else f"{name}\n" for name, known in sorted(self._ours.items())]
+        lines = [manifest_line(name, known) for name, known in sorted(self._ours.items())]
         write_whole(self.path / MANIFEST, "".join(lines).encode(), sync=False)
 
 

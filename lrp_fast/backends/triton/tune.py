@@ -160,22 +160,20 @@ def _of_backward(layer: FusedLinear, batch: int, arrival_of: Callable[[], Arriva
     (inputs, *_), (outputs, height, width) = layer.x_shape, layer.shape
     dtype, groups, inner = layer.dtype, layer.layer.groups, outputs * layer.denominators.groups
     precision: Any = layer.precision
-    s, arrival = _random(layer, batch, height, width, inner), arrival_of()
-    tiles = 1 if arrival is None or arrival.divisor is None else 3  # with a divisor, no library
+    s, arrival = _random(layer, batch, height, width, inner), arrival_of() or Arrival((End(),))
+    tiles = 1 if arrival.divisor is None else 3  # with a divisor, no library
     if layer.pointwise:
         rows, capability = batch * height * width, _capability(layer.weights.backward.device)
         blocks = pointwise_conv.candidates(rows, inputs, inner, tiles, dtype, precision, capability)
     else:
-        ends = 1 if arrival is None else len(arrival.ends)
-        blocks = spatial_conv.candidates(inputs // groups, inner // groups, ends, dtype, precision)
-        if arrival is not None and not spatial_conv.settles(arrival, groups, inputs):
-            blocks = ()
+        blocks = spatial_conv.candidates(inputs // groups, inner // groups, len(arrival.ends), dtype, precision)
+        blocks = blocks if spatial_conv.settles(arrival, groups, inputs) else ()
     for choice in _choices(layer, blocks, forward=False, library=tiles == 1):
         variant = _variant(layer, layer.onward, choice)
         if layer.pointwise and layer.layer.stride[0] > 1:  # whose message is settled with another's
             yield choice, partial(variant.send, [s], None, False)
         else:
-            yield choice, partial(variant.send_settled, [s], arrival or Arrival((End(),)))
+            yield choice, partial(variant.send_settled, [s], arrival)
 
 
 def _of_gates(
