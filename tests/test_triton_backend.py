@@ -336,6 +336,36 @@ def test_parts_that_do_not_add_up_to_a_layers_output(images: Tensor) -> None:
     assert "triton: library + gate / library" in line
 
 
+@pytest.mark.parametrize("layer", [5, 6], ids=["alone", "before a pool"])
+def test_parts_that_do_not_add_up_to_the_output_of_a_layer_in_series(images: Tensor, layer: int) -> None:
+    """Its input is read by it alone, and so is multiplied where it was made."""
+    model = calibrated(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(),
+            *([nn.MaxPool2d(2)] if layer == 6 else []), nn.Conv2d(16, 20, 3), nn.BatchNorm2d(20), nn.ReLU(),
+            nn.Conv2d(20, 24, 1), nn.BatchNorm2d(24), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 7),
+        ), 5, (8, 3, 25, 27),
+    ).to(DEVICE)  # fmt: skip
+    composite = Composite.named("otsuki2024").with_rule(str(layer - 2), AlphaBeta()).with_rule(str(layer + 1), AlphaBeta())
+    error, launched = compared(model, images, composite)
+    assert error <= 1e-5
+    assert launched["gate"] == 3
+
+
+@pytest.mark.parametrize("composite", COMPOSITES)
+def test_layers_without_a_bias(images: Tensor, composite: str) -> None:
+    """No batch norm gives them one: those of αβ are the kernels' too."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, bias=False), nn.ReLU(), nn.Conv2d(16, 24, 1, bias=False), nn.ReLU(),
+        nn.Conv2d(24, 24, 3, 2, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 7, bias=False),
+    ).eval().to(DEVICE)  # fmt: skip
+    error, launched = compared(model, images, composite)
+    assert error <= bound(composite)
+    assert launched["pointwise_gated"] == 1
+    assert launched["pointwise_backward"] == 1
+
+
 def test_gates_that_are_measured_to_be_kept_are_kept(images: Tensor) -> None:
     model = calibrated(Bottlenecks(), 5, (8, 3, 25, 27)).to(DEVICE)
     choices = Choices()

@@ -229,7 +229,8 @@ def denominators_of(operation: LinearOperation) -> Denominators | str:
         return Denominators("stacked", epsilon, form)
     if weights == [WHOLE, POSITIVE, NEGATIVE] and len(recipes) == 3 and plain:
         own, *halves = evaluated
-        if [(term.own, term.bias) for term in halves] != [(own.own, POSITIVE), (own.own, NEGATIVE)]:
+        biases = (POSITIVE, NEGATIVE) if own.bias is not None else (None, None)
+        if [(term.own, term.bias) for term in halves] != [(own.own, bias) for bias in biases]:
             return "its denominators do not add up to its output"
         return Denominators("signs", epsilon, form)
     if weights == [WHOLE, POSITIVE] and len(recipes) == 3 and operation.masked:

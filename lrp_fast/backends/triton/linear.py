@@ -138,6 +138,8 @@ class PartedLinear(SettledLinear):
         assert isinstance(layer, Convolution)
         size = (len(inputs) * self.x_shape[0], *self.x_shape[1:])
         shares = transposed_convolution(unpack(leaving[0]), self.returned, layer, size, 1).chunk(len(inputs), 1)
+        if self.operation.factored:
+            return Arrived(acc=shares[0])
         messages = [times(share, self._part(part, x, share)) for part, share in zip(inputs, shares, strict=True)]
         return Arrived(dense=sum(messages[1:], messages[0]))
 
