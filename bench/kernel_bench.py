@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cases import KernelCase, Prepared, kernel_cases, small_cases
+from lrp_fast.memory import is_out_of_memory
 from lrp_fast.scopes import float32_precision
 from predict import H100, predicted
 from report import ENDED, Cell, Results
@@ -137,10 +138,9 @@ def measure_row(row: Row, device: Device, rates: Cell) -> Cell:
             cell |= {"batch": batch, "bytes": prepared.bytes, "flops": prepared.flops} | _parity(prepared, row)
             speed = _speed(prepared, device, rates, row.precision)
             cell |= {"unchecked seconds": speed["seconds"]} if "failed" in cell else speed
-    except torch.cuda.OutOfMemoryError:
-        cell |= {"entry": "out of memory"}
     except Exception as error:
-        cell |= {"entry": describe(error), "failed": True}
+        full = is_out_of_memory(error)
+        cell |= {"entry": "out of memory"} if full else {"entry": describe(error), "failed": True}
     return cell
 
 

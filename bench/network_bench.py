@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from contenders import network
 from kernel_bench import DTYPES, describe
 from lrp_fast import LRP, Attribution
+from lrp_fast.memory import is_out_of_memory
 from lrp_fast.scopes import float32_precision
 from peers import captum_explainer, zennit_explainer
 from report import ENDED, HAVE_CHOICES, NO_TIME, OURS, PEERS, Cell, Results
@@ -279,7 +280,7 @@ class Bench:
     def _entry(name: str, error: Exception) -> Cell:
         """A cell that says what went wrong; with our own explainers, that is a failure."""
         # Where a recording breaks off for want of memory, ending it can raise an error of its own.
-        if any(isinstance(one, torch.cuda.OutOfMemoryError) for one in (error, error.__context__)):
+        if any(isinstance(one, Exception) and is_out_of_memory(one) for one in (error, error.__context__)):
             return {"entry": "out of memory", "failed": False}
         text = f"not installed: {error.name}" if isinstance(error, ImportError) else describe(error)
         return {"entry": text, "failed": name in OURS}

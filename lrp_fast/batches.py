@@ -23,13 +23,12 @@ from lrp_fast.composites import Composite
 from lrp_fast.data import Source
 from lrp_fast.explain import LRP, Attribution
 from lrp_fast.images import ImageError, Preprocessing, decode_image
+from lrp_fast.memory import is_out_of_memory
 from lrp_fast.models import LoadedModel
 from lrp_fast.store import CHANNELS, DONE, FAILED, INPUT, Layout, Rows
 from lrp_fast.watch import parameter_table
 
 NOT_FINITE = "its relevance holds values that are NaN or infinite"
-NO_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
-"""What the host's allocator, a GPU's driver (for a kernel's code, too) and its libraries say where memory is used up."""
 LARGEST_BATCH = 256
 WORTH_DOUBLING = 1.05
 """By how much a batch twice as large must be faster, per image, to be taken."""
@@ -202,13 +201,6 @@ def explained_numbers(result: Attribution, channels: Iterable[str]) -> dict[str,
 
 def _where(good: Tensor, values: Tensor) -> Tensor:
     return torch.where(good.view(-1, *[1] * (values.ndim - 1)), values, 0.0)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory, of the device or the host, is used up."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 def free_memory(explainer: LRP) -> None:

@@ -29,6 +29,7 @@ from lrp_fast.composites import as_composite
 from lrp_fast.data import Source
 from lrp_fast.explain import Attribution
 from lrp_fast.images import ImageError, decode_image
+from lrp_fast.memory import is_out_of_memory
 from lrp_fast.methods import (
     Edges,
     LRPMethod,
@@ -590,7 +591,7 @@ def _accounts(attribution: Attribution) -> dict[str, Floats]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return f"out of memory, try a smaller batch size: {error}"
     return f"{type(error).__name__}: {error}" if not isinstance(error, ImportError) else str(error)
 

@@ -1,4 +1,4 @@
-"""How this process keeps memory."""
+"""How this process keeps memory, and whether it has run out of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import platform
 import threading
 import weakref
 
+import torch
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 _LARGEST = 2**31 - 1
 _USUAL_MMAP, _USUAL_TRIM = 32 << 20, 64 << 20
 """What glibc's thresholds grow to by themselves (64-bit); 32 MiB is also the most that glibc before 2.35 takes."""
+_NO_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")
+"""What the host's allocator, a GPU's driver (for a kernel's code, too) and its libraries say where memory is used up."""
 _lock = threading.RLock()  # a finalizer may run inside of either function
 _owners = 0
 
@@ -52,3 +56,10 @@ def _release() -> None:
             library.mallopt(_MMAP_THRESHOLD, _USUAL_MMAP)
             library.mallopt(_TRIM_THRESHOLD, _USUAL_TRIM)
             library.malloc_trim(0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory, of the device or the host, is used up."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

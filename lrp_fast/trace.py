@@ -132,10 +132,11 @@ def trace(model: nn.Module) -> Plan:
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TraceError(f"{type(model).__name__} runs copies of a model; give the model itself, its .module")
-    if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model):
+    exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)  # which torch.export replaces
+    if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model) or exported:
         raise TraceError(
-            f"{type(model).__name__}: its forward is compiled or was replaced on the object, so what it computes "
-            "cannot be traced; give the plain module (before torch.compile or torch.jit)"
+            f"{type(model).__name__}: its forward is compiled, exported or was replaced on the object, so what it computes "
+            "cannot be traced; give the plain module (before torch.compile, torch.jit or torch.export)"
         )
     check_eval(model)
     hooks = hooked(model)

@@ -296,6 +296,21 @@ def test_a_second_run_interrupted_at_once_leaves_the_first(
     assert not (tmp_path / "new" / "results.csv").exists()
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_is_used_up_is_said_in_a_line(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(self: LRP, *arguments: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(LRP, "explain", full)
+    result = attribute(weights, draw(tmp_path / "a.png"), tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"out of memory, try a smaller --batch-size or --size: {error}" in one_line_of_error(result)
+
+
 def test_foreign_files_are_kept(weights: Path, tmp_path: Path) -> None:
     file, output = draw(tmp_path / "a.png"), tmp_path / "out"
     photograph = draw(output / "a.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Freed memory that a process keeps, seen from outside: what the system has to fill with zeros again."""
+"""Freed memory that a process keeps, seen from outside: what the system has to fill with zeros again; and having none left."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from lrp_fast.memory import is_out_of_memory
 
 COUNT = """
 import gc, json, resource, torch
@@ -85,3 +88,19 @@ def test_the_environment_s_choice_stays() -> None:
     )
     assert said is False
     assert after >= usual / 2
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_memory_is_used_up(error: Exception, full: bool) -> None:
+    assert is_out_of_memory(error) is full

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from lrp_fast import LRP, Composite, heat_quantize
-from lrp_fast.batches import NOT_FINITE, PipelineError, find_batch_size, is_out_of_memory
+from lrp_fast.batches import NOT_FINITE, PipelineError, find_batch_size
 from lrp_fast.data import FileSource, Source, open_source
 from lrp_fast.images import load_picture
 from lrp_fast.models import LoadedModel, load_model
@@ -206,22 +206,6 @@ def limited(real: Any, limit: int, sizes: list[int]) -> Any:
         return real(self, inputs, *arguments, **options)
 
     return explain
-
-
-@pytest.mark.parametrize(
-    ("error", "full"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
-        (MemoryError(), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_what_says_that_memory_is_used_up(error: Exception, full: bool) -> None:
-    assert is_out_of_memory(error) is full
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(

@@ -882,11 +882,14 @@ def test_what_is_no_module() -> None:
             trace(model)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch.jit, and inside torch.export
 def test_forward_that_cannot_be_seen() -> None:
     model = net(lambda net, x: head(net, net.conv1(x))).eval()
     replaced = copy.deepcopy(model)
     replaced.forward = types.MethodType(lambda self, x: head(self, self.conv1(x).relu()), replaced)
-    for hidden in (replaced, torch.compile(model)):
+    x = torch.randn(2, 3, 8, 8)
+    exported = torch.export.export(model, (x,)).module()  # in training mode, and refuses to leave it
+    for hidden in (replaced, torch.compile(model), torch.jit.trace(model, x), exported):
         with pytest.raises(TraceError, match="replaced on the object"):
             trace(hidden)
 

@@ -30,6 +30,7 @@ from lrp_fast.backends.triton.choice import Choice, Choices, Task
 from lrp_fast.backends.triton.launch import OPERATORS, Operator
 from lrp_fast.backends.triton.linear import FusedLinear
 from lrp_fast.backends.triton.merges import FusedMerge
+from lrp_fast.backends.triton.tune import milliseconds
 from lrp_fast.batches import BatchExplainer, Decoded, on_device
 from lrp_fast.engine import Program
 from lrp_fast.kernels import spatial_conv
@@ -800,16 +801,17 @@ def test_what_is_timed_backward_is_what_runs(
 
 
 @pytest.mark.parametrize("how", ["drawing", "running"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), RuntimeError("Triton Error [CUDA]: out of memory")])
 def test_what_does_not_fit_while_tuning_keeps_its_default(
-    model: nn.Module, how: str, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, how: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: Any) -> Any:
-        raise torch.cuda.OutOfMemoryError("out of memory")
+        raise error
 
     if how == "drawing":
         monkeypatch.setattr(importlib.import_module("lrp_fast.backends.triton.tune"), "_random", full)
     choices = Choices()
-    report = tuned(model, "otsuki2024", choices, lambda work: math.inf)
+    report = tuned(model, "otsuki2024", choices, milliseconds if how == "drawing" else lambda work: milliseconds(full))
     assert not choices.measured
     assert "fused" in report
     assert "library" in report

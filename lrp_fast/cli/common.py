@@ -19,6 +19,7 @@ from lrp_fast.data import KINDS, Source, SourceError, open_source
 from lrp_fast.data.embedded import PREFIX as EMBEDDED_SOURCE
 from lrp_fast.explain import BACKENDS, DTYPES, LRP
 from lrp_fast.images import INTERPOLATIONS
+from lrp_fast.memory import is_out_of_memory
 from lrp_fast.models import LoadedModel, ModelError, UnknownModelError
 from lrp_fast.pipeline import PipelineError
 from lrp_fast.plan import TraceError
@@ -116,14 +117,16 @@ def reporting() -> Iterator[None]:
         yield
     except (UsageError, UnknownModelError, SourceError, SettingsError) as error:
         stop(str(error), EXIT_USAGE)
-    except torch.OutOfMemoryError as error:
-        stop(f"out of memory, try a smaller --batch-size or --size: {error}", EXIT_ERROR)
     except (
         CommandError, ModelError, TraceError, RunError, PipelineError, StoreError, ForeignFileError, OSError,
     ) as error:  # fmt: skip
         stop(str(error), EXIT_ERROR)
     except KeyboardInterrupt:
         stop("interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        stop(f"out of memory, try a smaller --batch-size or --size: {error}", EXIT_ERROR)
 
 
 def stop(message: str, code: int) -> NoReturn:

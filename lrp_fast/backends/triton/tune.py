@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -31,6 +30,7 @@ from lrp_fast.kernels import pointwise_conv, spatial_conv
 from lrp_fast.kernels.common import Arrival, End
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.layers import Shape
+from lrp_fast.memory import is_out_of_memory
 from lrp_fast.plan import Unit, readers_of
 
 REPEATS, CALLS = 5, 4
@@ -61,9 +61,12 @@ Candidates = Iterator[tuple[Choice, Callable[[], object]]]
 def _times(candidates: Candidates, timed: Callable[..., float]) -> dict[Choice, float]:
     """What each choice takes that runs; none where memory runs out before there is anything to run."""
     times = {}
-    with suppress(torch.cuda.OutOfMemoryError):
+    try:
         for choice, work in candidates:
             times[choice] = timed(work)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
     return {choice: time for choice, time in times.items() if time < math.inf}
 
 
@@ -255,5 +258,7 @@ def milliseconds(work: Callable[[], object]) -> float:
             stop.synchronize()
             times.append(start.elapsed_time(stop) / CALLS)
         return statistics.median(times)
-    except (torch.cuda.OutOfMemoryError, OutOfResources, PTXASError):
+    except Exception as error:
+        if not (isinstance(error, (OutOfResources, PTXASError)) or is_out_of_memory(error)):
+            raise
         return math.inf
