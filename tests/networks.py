@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,59 @@ def calibrated(model: nn.Module, seed: int, shape: tuple[int, ...] = (8, 3, 64, 
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         head.weight.mul_(0.5 / model(torch.randn(shape, generator=generator)).std())
     return model
+
+
+class Block(nn.Module):
+    """A residual block: basic, or a bottleneck; a projection where shapes change."""
+
+    def __init__(
+        self, kind: Literal["basic", "bottleneck"], inputs: int, planes: int, stride: int, groups: int
+    ) -> None:
+        super().__init__()
+        outputs = planes if kind == "basic" else 2 * planes
+        kernels = (3, 3) if kind == "basic" else (1, 3, 1)
+        layers: list[nn.Module] = []
+        channels = inputs
+        for place, kernel in enumerate(kernels):
+            last = place == len(kernels) - 1
+            strided = stride if kernel == 3 and (kind == "bottleneck" or place == 0) else 1
+            width = outputs if last else planes
+            shared = groups if kernel == 3 and kind == "bottleneck" else 1
+            layers += [
+                nn.Conv2d(channels, width, kernel, strided, kernel // 2, groups=shared, bias=False),
+                nn.BatchNorm2d(width),
+                *([] if last else [nn.ReLU(inplace=True)]),
+            ]
+            channels = width
+        self.branch = nn.Sequential(*layers)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.out = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.branch(x) + self.skip(x))
+
+
+class SmallResNet(nn.Module):
+    """Bottleneck and basic blocks, projections at stride 1 and 2, identity skips, a stem with a max-pool."""
+
+    def __init__(self, groups: int = 1, width: int = 12) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(
+            Block("bottleneck", 16, width, 1, groups), Block("bottleneck", 2 * width, width, 1, groups)
+        )
+        self.layer2 = nn.Sequential(Block("bottleneck", 2 * width, 20, 2, groups))
+        self.layer3 = nn.Sequential(Block("basic", 40, 24, 2, 1), Block("basic", 24, 24, 1, 1))
+        self.fc = nn.Linear(24, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 class CifarBlock(nn.Module):
