@@ -19,12 +19,12 @@ class Residual(nn.Module):
     def __init__(self, draw: random.Random, branch: nn.Module, skip: nn.Module) -> None:
         super().__init__()
         self.branch, self.skip = branch, skip
-        self.swapped, self.relu = draw.random() < 0.5, draw.random() < 0.85
+        self.swapped = draw.random() < 0.5
+        self.last = nn.ReLU() if draw.random() < 0.85 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         branch, skip = self.branch(x), self.skip(x)
-        h = skip + branch if self.swapped else branch + skip
-        return F.relu(h) if self.relu else h
+        return self.last(skip + branch if self.swapped else branch + skip)
 
 
 class OptionA(nn.Module):
