@@ -296,6 +296,21 @@ def test_a_second_run_interrupted_at_once_leaves_the_first(
     assert not (tmp_path / "new" / "results.csv").exists()
 
 
+def test_a_second_run_in_which_all_fails_leaves_the_first(weights: Path, tmp_path: Path) -> None:
+    good, bad, output = draw(tmp_path / "a.png"), tmp_path / "bad.png", tmp_path / "out"
+    bad.write_bytes(b"no picture")
+    assert attribute(weights, good, output).exit_code == 0
+    before = {path: path.read_bytes() for path in output.glob("[!.]*")}
+    result = attribute(weights, bad, output)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert f"no picture could be explained; {output} holds what it held" in one_line_of_error(result)
+    assert {path: path.read_bytes() for path in output.glob("[!.]*")} == before
+    assert attribute(weights, bad, tmp_path / "new").exit_code == 3
+    assert [row["status"] for row in rows(tmp_path / "new")] == ["failed"]
+    assert attribute(weights, [bad, good], output).exit_code == 3
+    assert [(row["status"], row["map"]) for row in rows(output)] == [("failed", ""), ("ok", "a.npy")]
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )

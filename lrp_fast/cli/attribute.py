@@ -176,7 +176,8 @@ def run_with_progress(run: Run, output: Path, files: Sequence[Path], settings: M
 def report(outcome: Outcome, output: Path) -> None:
     """Say what was done and leave with the exit code that tells."""
     if not outcome.begun:
-        stop(f"interrupted before anything was done; {output} holds what it held", EXIT_INTERRUPTED)
+        why = "interrupted before anything was done" if outcome.interrupted else "no picture could be explained"
+        stop(f"{why}; {output} holds what it held", EXIT_INTERRUPTED if outcome.interrupted else EXIT_SOME_FAILED)
     numbers = outcome.summary()
     failed = f", [yellow]{numbers['failed']} failed[/]" if "failed" in numbers else ""
     leak = f"; mean leak {numbers['mean leak']}" if "mean leak" in numbers else ""

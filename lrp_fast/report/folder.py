@@ -10,7 +10,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +110,8 @@ class OutputFolder:
 
     ``planned``: the names of every file that may be written. Entering raises :class:`ForeignFileError` if one of them
     exists and is not ours, ``OSError`` if the folder cannot be made or written. What an earlier run has written is removed,
-    all of it, when the first file or row is (``begun``); every row reaches the disk as it comes, so an interrupted run
-    leaves all it had done.
+    all of it, when the first file is written (``begun``). From then on every row reaches the disk as it comes, so an
+    interrupted run leaves all it had done; rows of failures before it are written with it, or by :meth:`finish`.
     """
 
     def __init__(self, path: Path, planned: Iterable[str]) -> None:
@@ -119,6 +119,7 @@ class OutputFolder:
         self._planned = dict.fromkeys([*planned, TABLE, PAGE])
         self._opened = ExitStack()
         self._table: TextIO | None = None
+        self._failed: list[Row] = []
         self.begun = False
 
     def __enter__(self) -> OutputFolder:
@@ -138,7 +139,15 @@ class OutputFolder:
 
     def add_row(self, row: Row) -> None:
         """Append a row to ``results.csv``."""
-        self._append(self._begin(), row.cells())
+        if self.begun or not row.reason:
+            self._append(self._begin(), row.cells())
+        else:
+            self._failed.append(row)
+
+    def finish(self, page: Callable[[], bytes]) -> None:
+        """Write the page, unless nothing else was written and an earlier run's results are there: those stay."""
+        if self.begun or not any(os.path.lexists(self.path / name) for name in self._ours):
+            self.write(PAGE, page())
 
     def write(self, name: str, content: bytes) -> str:
         """Write a planned file, whole or not at all, and return its name; ``ValueError`` for an unplanned name."""
@@ -170,6 +179,8 @@ class OutputFolder:
         self._own(TABLE)
         self._table = self._open(TABLE, "x")
         self._append(self._table, COLUMNS)
+        for row in self._failed:
+            self._append(self._table, row.cells())
         return self._table
 
     def _is_left_by_a_run(self, name: str, known: str) -> bool:

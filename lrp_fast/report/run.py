@@ -15,7 +15,7 @@ from lrp_fast.heatmap import heat_quantize, heat_quantize_signed, is_signed, ove
 from lrp_fast.images import ImageError, Picture, load_picture
 from lrp_fast.models import LoadedModel
 
-from .folder import PAGE, SUFFIXES, OutputFolder, Row, brief_names, encode_image, encode_map, output_names, printable
+from .folder import SUFFIXES, OutputFolder, Row, brief_names, encode_image, encode_map, output_names, printable
 from .gallery import Card, Failure, Gallery, percent, render_gallery
 
 Facts = Callable[[Picture, Tensor, int], Sequence[tuple[str, str]]]
@@ -72,8 +72,8 @@ class Run:
 
     Pictures are explained in batches of ``options.batch_size`` files; each has its row in ``results.csv`` on the disk
     as soon as its batch is done. A picture that cannot be read, or whose map is not finite, is a failure and the others
-    go on. An interruption (Ctrl-C) ends the run early, with the gallery of what was done; before anything was, with the
-    results of an earlier run as they were.
+    go on. An interruption (Ctrl-C) ends the run early, with the gallery of what was done. Where nothing was explained, the
+    results of an earlier run stay as they were.
     """
 
     explainer: LRP
@@ -113,7 +113,7 @@ class Run:
             except KeyboardInterrupt:
                 outcome.interrupted = True
             if folder.begun or not outcome.interrupted:
-                folder.write(PAGE, render_gallery(self._gallery(outcome, title, settings)).encode("utf-8"))
+                folder.finish(lambda: render_gallery(self._gallery(outcome, title, settings)).encode("utf-8"))
             outcome.begun = folder.begun
         return outcome
 
