@@ -40,12 +40,14 @@ def settings() -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def settings_restored() -> Iterator[None]:
     """Whatever a test chooses does not outlive it."""
-    before, of_products = settings(), torch.get_float32_matmul_precision()
+    before, of_products, of_cudnn = settings(), torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
     yield
     torch.set_float32_matmul_precision(of_products)
+    backends.cudnn.allow_tf32 = of_cudnn
     backends.fp32_precision = before.pop("generic")
     for name, value in before.items():
         SETTINGS[name].fp32_precision = value
+    assert backends.cudnn.allow_tf32 is of_cudnn  # which PyTorch does not answer where older and newer settings differ
 
 
 def choose(choice: str) -> None:
