@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from contenders import network
 from heartbeat import beat
 from kernel_bench import BATCH, DTYPES, plan
+from lrp_fast.memory import out_of_memory_suppressed
 from network_bench import explainer_of, run_of
 from settings import COMPILED, HEADLINE, TUNED, Setting, images
 
@@ -130,7 +131,7 @@ def compile_kernels(index: int, count: int) -> None:
 
 
 def _called(work: Any) -> float:
-    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+    with out_of_memory_suppressed():
         work()
     return 0.0
 

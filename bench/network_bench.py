@@ -280,7 +280,7 @@ class Bench:
     def _entry(name: str, error: Exception) -> Cell:
         """A cell that says what went wrong; with our own explainers, that is a failure."""
         # Where a recording breaks off for want of memory, ending it can raise an error of its own.
-        if any(isinstance(one, Exception) and is_out_of_memory(one) for one in (error, error.__context__)):
+        if is_out_of_memory(error) or is_out_of_memory(error.__context__):
             return {"entry": "out of memory", "failed": False}
         text = f"not installed: {error.name}" if isinstance(error, ImportError) else describe(error)
         return {"entry": text, "failed": name in OURS}

@@ -7,6 +7,8 @@ import os
 import platform
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -58,8 +60,18 @@ def _release() -> None:
             library.malloc_trim(0)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory, of the device or the host, is used up."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether there is an error that says that memory, of the device or the host, is used up."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+@contextmanager
+def out_of_memory_suppressed() -> Iterator[None]:
+    """End what is inside where memory is used up, and go on behind it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise

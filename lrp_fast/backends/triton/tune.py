@@ -30,7 +30,7 @@ from lrp_fast.kernels import pointwise_conv, spatial_conv
 from lrp_fast.kernels.common import Arrival, End
 from lrp_fast.kernels.pointwise_conv import Blocks
 from lrp_fast.layers import Shape
-from lrp_fast.memory import is_out_of_memory
+from lrp_fast.memory import is_out_of_memory, out_of_memory_suppressed
 from lrp_fast.plan import Unit, readers_of
 
 REPEATS, CALLS = 5, 4
@@ -61,12 +61,9 @@ Candidates = Iterator[tuple[Choice, Callable[[], object]]]
 def _times(candidates: Candidates, timed: Callable[..., float]) -> dict[Choice, float]:
     """What each choice takes that runs; none where memory runs out before there is anything to run."""
     times = {}
-    try:
+    with out_of_memory_suppressed():
         for choice, work in candidates:
             times[choice] = timed(work)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
     return {choice: time for choice, time in times.items() if time < math.inf}
 
 
