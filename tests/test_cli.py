@@ -186,6 +186,15 @@ def test_no_cell_starts_a_formula(weights: Path, tmp_path: Path, monkeypatch: py
     assert sorted(os.listdir(tmp_path)) == ["+1.png", "=cmd.png", "@sum.png", "out"]
 
 
+def test_the_page_says_what_was_predicted_instead(weights: Path, tmp_path: Path) -> None:
+    file = draw(tmp_path / "a.png")
+    predicted = int(expected(weights, [file]).target)
+    for target in range(len(CLASSES)):
+        assert attribute(weights, file, tmp_path / str(target), "--target", str(target)).exit_code == 0
+        page = (tmp_path / str(target) / "index.html").read_text()
+        assert ("predicted instead" in page) == (target != predicted)
+
+
 @pytest.mark.parametrize("target", ["1", "bee", "BEE"])
 def test_target_by_number_and_by_name(weights: Path, tmp_path: Path, target: str) -> None:
     file = draw(tmp_path / "a.png")

@@ -415,6 +415,12 @@ def test_without_labels_the_predicted_class_is_measured(loaded: LoadedModel, sou
         load_sample(open_source(tmp_path / "in"), loaded, dataclasses.replace(options, target="label"))
 
 
+def test_labels_of_some_pictures_are_refused(loaded: LoadedModel, source: Source) -> None:
+    some = Listed([-1, *source.labels.tolist()[1:]])
+    with pytest.raises(EvaluationError, match=f"1 of {COUNT} pictures have no label; expected all or none"):
+        load_sample(some, loaded, OPTIONS)
+
+
 def test_the_label_can_be_explained(loaded: LoadedModel, source: Source) -> None:
     sample = load_sample(source, loaded, dataclasses.replace(OPTIONS, target="label"))
     assert sample.targets.tolist() == sample.labels.tolist() == source.labels.tolist()

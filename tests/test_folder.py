@@ -145,6 +145,21 @@ def test_a_run_that_is_interrupted_while_it_removes_has_begun(tmp_path: Path, mo
         assert folder.begun
 
 
+def test_a_file_is_listed_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written_and_killed(path: Path, content: bytes, sync: bool) -> None:
+        path.write_bytes(content)
+        raise KeyboardInterrupt
+
+    with OutputFolder(tmp_path, ["a.png", "a.npy"]) as folder, monkeypatch.context() as patched:
+        folder.write("a.png", b"overlay")
+        patched.setattr("lrp_fast.report.folder.write_whole", written_and_killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write("a.npy", b"half")
+    with OutputFolder(tmp_path, ["a.npy"]) as folder:  # or it would count as somebody else's
+        folder.write("a.npy", b"whole")
+    assert (tmp_path / "a.npy").read_bytes() == b"whole"
+
+
 def test_until_something_is_written_an_earlier_run_stays(tmp_path: Path) -> None:
     with OutputFolder(tmp_path, ["a.png"]) as folder:
         folder.write("a.png", b"a")

@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lrp_fast.heatmap import color_scale, colorize, default_smoothing, heat_quantize, is_signed, overlay, smooth
+from lrp_fast.heatmap import (
+    color_scale,
+    colorize,
+    default_smoothing,
+    heat_quantize,
+    heat_quantize_signed,
+    is_signed,
+    overlay,
+    smooth,
+)
 
 
 def quantize_one_by_one(heatmap: Tensor, levels: int) -> Tensor:
@@ -50,6 +59,23 @@ def test_quantize_values_that_are_levels_stay() -> None:
         just_below = torch.nextafter(ladder[1:], torch.tensor(-torch.inf))
         pushed = heat_quantize(torch.cat([ladder, just_below]).view(3, 5)).flatten()[8:]
         assert torch.equal(pushed, ladder[:-1])
+
+
+def test_quantize_signed_takes_for_and_against_one_by_one() -> None:
+    maps = 3 * torch.randn(4, 7, 9, dtype=torch.float64)
+    maps[:, 2:4] = 0.0
+    maps[3] = -maps[3].abs()  # nothing speaks for
+    got = heat_quantize_signed(maps, levels=5)
+    for one, of in zip(got, maps, strict=True):
+        expected = torch.zeros_like(of)
+        for sign in (1.0, -1.0):
+            ladder = torch.linspace(0.0, max(float((sign * of).max()), 0.0), 5, dtype=of.dtype).tolist()
+            for place in ((sign * of) > 0).nonzero().tolist():
+                expected[*place] = sign * max(level for level in ladder if level <= sign * float(of[*place]) + 1e-12)
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(heat_quantize_signed(-maps, 5), -got, rtol=0, atol=0)
+    low = maps.abs()  # whose minimum is 0
+    assert torch.equal(heat_quantize_signed(low), heat_quantize(low))
 
 
 def test_quantize_keeps_extremes_and_never_raises_a_value() -> None:
@@ -182,6 +208,12 @@ def test_overlay_of_nothing_is_the_dimmed_picture() -> None:
     picture = Image.fromarray(noise)
     drawn = np.asarray(overlay(torch.zeros(20, 30), picture)).astype(int)
     assert np.abs(drawn - 0.7 * np.asarray(picture.convert("L"))[..., None]).max() <= 1
+
+
+def test_overlay_of_what_is_not_signed_passes_over_what_is_below_zero() -> None:
+    heatmap, picture = torch.randn(20, 30), Image.new("RGB", (30, 20), "grey")
+    drawn = overlay(heatmap, picture, signed=False, smoothing=0.0)
+    assert np.array_equal(drawn, overlay(heatmap.clamp(min=0), picture, signed=False, smoothing=0.0))
 
 
 def test_overlay_smoothing_joins_dots() -> None:

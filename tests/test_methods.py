@@ -494,6 +494,18 @@ def test_grad_cam(resnet: nn.Module) -> None:
         assert difference(method(resnet, images, target), expected) <= 1e-3
 
 
+def test_a_class_activation_map_leaves_no_hook_for_the_next_one(small: nn.Module) -> None:
+    method, images, target = ActivationMap("grad-cam"), torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    state = method.prepare(copy.deepcopy(small))
+    before = condition(state.model)["hooks"]
+    method.heatmaps(state, images, target)
+    assert condition(state.model)["hooks"] == before
+    with pytest.raises(IndexError) as held:  # which keeps what the library would release once nobody has it
+        method.heatmaps(state, images, torch.tensor([0, 99]))
+    assert condition(state.model)["hooks"] == before
+    del held
+
+
 def test_grad_cam_plus_plus(double: nn.Module) -> None:
     images, target = torch.randn(3, 3, 96, 64, dtype=torch.float64), torch.tensor([2, 4, 0])
     features, slope = feature_map(double, "layer4", images, target)

@@ -127,6 +127,14 @@ def test_pixel_bounds_default_to_black_and_white() -> None:
     assert ZBox(-1, [1, 2, 3]).parameter("high") == (1.0, 2.0, 3.0)
 
 
+def test_parameters_default_to_those_of_zennit() -> None:
+    assert str(Epsilon()) == "epsilon(epsilon=1e-06)"
+    assert str(Gamma()) == "gamma(gamma=0.25, stabilizer=1e-06)"
+    assert str(AlphaBeta()) == "alpha-beta(alpha=2.0, beta=1.0, stabilizer=1e-06)"
+    for factory in (ZPlus, ZBox, WSquare, Flat):
+        assert factory().parameter("stabilizer") == 1e-6
+
+
 def test_a_rule_reads_as_it_is_written() -> None:
     assert str(Gamma(0.25)) == "gamma(gamma=0.25, stabilizer=1e-06)"
     assert str(Epsilon(1e-3)) == "epsilon(epsilon=0.001)"

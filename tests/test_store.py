@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -358,6 +359,10 @@ def test_places_where_no_store_can_be_made(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(StoreError, match="a disk is mounted at .*here"), writer(tmp_path / "here"):
         pass
     assert [file.name for file in tmp_path.rglob("*")] == ["here"]
+
+    monkeypatch.setattr(os, "rename", mock.Mock(side_effect=PermissionError("not there")))
+    with pytest.raises(PermissionError, match="not there"), writer(tmp_path / "here"):
+        pass
 
 
 def test_who_comes_late_to_a_beginning_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

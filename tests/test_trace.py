@@ -579,6 +579,30 @@ def test_other_dimensions(axes: int) -> None:
     check(randomised(model), (3, 2, *(11, 9, 10)[:axes]), (1, 2, *(12,) * axes))
 
 
+class _FunctionsAlong(nn.Module):
+    """The functions of one to three dimensions, by the names that end in ``d``."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+        self.weight = nn.Parameter(torch.empty(4, 2, *[2] * axes))
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(name: str) -> Callable[..., Tensor]:
+            return getattr(F, f"{name}{self.axes}d")
+
+        x = torch.relu(one("conv")(x, self.weight, padding=1))
+        x = one("avg_pool")(one("max_pool")(x, 2, 1), 3, 2, padding=1)
+        x = one("adaptive_avg_pool")(one("adaptive_max_pool")(x, 3), 1)
+        return self.fc(one("dropout")(x, training=self.training).flatten(1))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_functions_of_other_dimensions(axes: int) -> None:
+    check(randomised(_FunctionsAlong(axes)), (3, 2, *(11, 9, 10)[:axes]), (1, 2, *(12,) * axes))
+
+
 def test_norm_after_a_linear_layer_needs_features() -> None:
     model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Flatten(), nn.Linear(25, 3)).eval()
     plan = trace(model)
