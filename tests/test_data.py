@@ -126,6 +126,18 @@ def test_webdataset_shards_are_raw_bytes(tmp_path: Path) -> None:
     assert not (tmp_path / "unpickled").exists()
 
 
+def test_only_files_of_a_shard_are_samples(tmp_path: Path) -> None:
+    file = shard(tmp_path / "0.tar", {"a.jpg": b"A"})
+    with tarfile.open(file, "a") as tar:
+        for name, kind in (("b.jpg", tarfile.SYMTYPE), ("c.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    source = open_source(file)
+    assert listed(source) == [("0.tar/a", -1)]
+    assert source.read(0) == b"A"
+
+
 def test_a_shard_that_shrank_is_named(tmp_path: Path) -> None:
     file = shard(tmp_path / "0.tar", {"a.jpg": bytes(3000)})
     source = open_source(file)

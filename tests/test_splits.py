@@ -50,6 +50,15 @@ def test_symmetric_splits_do_not_care_which_is_the_skip(split: Split) -> None:
     assert same == split.symmetric
 
 
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: split.name)
+def test_proportional_splits_give_nothing_to_a_branch_of_zeros(split: Split) -> None:
+    values = torch.randn(100, dtype=torch.float64)
+    zeros = torch.zeros_like(values)
+    to_F, to_S = split.weights(zeros, values)[0], split.weights(values, zeros)[1]
+    nothing = all(bool((as_tensor(weight, zeros).abs() <= 1e-20).all()) for weight in (to_F, to_S))
+    assert nothing == split.proportional
+
+
 def test_ratio_is_one_half_exactly_where_both_are_zero() -> None:
     for dtype in (torch.float32, torch.float64):
         zero = torch.zeros(3, dtype=dtype)
