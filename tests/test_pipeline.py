@@ -484,22 +484,25 @@ def test_the_batch_size_is_found_and_kept(
     assert_same_bits(tmp_path / "s", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("seconds", "limit", "expected"), [
-    (lambda n: 1.0 + 0.1 * n, 99, 32),  # images/s: 0.9, 1.7, 2.9, 4.4, 6.2, 7.6, 8.6, ...
-    (lambda n: 0.1 * n, 99, 1),
-    (lambda n: 1.0, 16, 16),
-    (lambda n: {1: 1.0, 2: 2.5, 4: 2.0}.get(n, float(n)), 99, 4),  # one that is slow by chance
+@pytest.mark.parametrize(("seconds", "limit", "expected", "last"), [
+    (lambda n: 1.0 + 0.1 * n, 99, 32, 32),  # images/s: 0.9, 1.7, 2.9, 4.4, 6.2, 7.6, 8.6, ...
+    (lambda n: 0.1 * n, 99, 1, 4),
+    (lambda n: 1.0, 16, 16, 16),
+    (lambda n: {1: 1.0, 2: 2.5, 4: 2.0}.get(n, float(n)), 99, 4, 16),  # one that is slow by chance
 ])  # fmt: skip
 def test_the_batch_is_doubled_while_that_pays_and_fits(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], limit: int, expected: int
-) -> None:
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float], limit: int, expected: int,
+    last: int,
+) -> None:  # fmt: skip
     def rate(explainer: LRP, batch_size: int, size: int) -> float:
         if batch_size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return batch_size / seconds(batch_size)
 
     monkeypatch.setattr("lrp_fast.batches._images_per_second", rate)
-    assert find_batch_size(LRP(loaded.model), SIZE, largest=32) == expected
+    heard: list[int] = []
+    assert find_batch_size(LRP(loaded.model), SIZE, 32, lambda batch_size, _: heard.append(batch_size)) == expected
+    assert heard[-1] == last
 
 
 def test_a_batch_size_is_measured(loaded: LoadedModel) -> None:
