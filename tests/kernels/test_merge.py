@@ -96,6 +96,14 @@ def test_merges_of_any_number_of_channels_without_bias_or_relu(channels: int) ->
         check_merge(denominators, (3, 2, 3, channels), "ratio", torch.float32, True, True, relu=False, with_bias=False)
 
 
+def test_the_signed_split_is_stabilized_by_the_sign_of_the_sum() -> None:
+    """Where sums are as small as the stabilizer, of branches that do not cancel."""
+    sign = normal(2, 3, 3, 24).sign()
+    residual, skip = (sign * 10 ** (normal(*sign.shape) - 6) for _ in range(2))
+    _, _, weight = merge(Branch(residual, True), Branch(skip), OWN, "signed", relu=False, is_residual=True, block=SMALL)
+    agree(weight, defined_split(residual.double(), skip.double(), "signed")[1], 1e-5)
+
+
 def test_a_merge_wants_its_linear_branch_first() -> None:
     x = normal(1, 2, 2, 8)
     with pytest.raises(ValueError, match="linear one first"):
