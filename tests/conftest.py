@@ -14,8 +14,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels then run on the CPU
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
     import strict_interpreter
 
+    quick_interpreter.install()
     strict_interpreter.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:

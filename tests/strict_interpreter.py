@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,6 @@ class Launch:
         self.kernel, self.grid, self.number = kernel, grid, NOBODY
         self.axes = [sorted({program % count for program in _chosen or range(count)}) for count in grid]
         self.program: tuple[int, ...] = ()
-        self.patched = False
         self.regions: list[Region] = []
         for name, tensor in tensors.items():
             region = Region(name, tensor)
@@ -126,7 +124,7 @@ class Launch:
 _launch: Launch | None = None
 _launches: list[Launch] = []
 _chosen: tuple[int, ...] = ()
-_call, _patch = GridExecutor.__call__, interpreter._patch_lang
+_call = GridExecutor.__call__
 _set_grid_dim, _set_grid_idx = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
 _masked_load, _masked_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 _cast, _binary, _unary = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
@@ -144,7 +142,6 @@ def install() -> None:
     for name, method in changed.items():
         setattr(InterpreterBuilder, name, method)
     GridExecutor.__call__ = _run
-    interpreter._patch_lang = _patch_once
     interpreter._get_np_dtype = _dtype
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
@@ -160,18 +157,6 @@ def only(*programs: int) -> Iterator[list[Launch]]:
         yield _launches
     finally:
         _chosen = ()
-
-
-def _patch_once(fn: Any) -> Any:
-    """The language, made to call the interpreter: once in a launch, not again at every call of a device function.
-
-    That took a third of the interpreter's time.
-    """
-    assert _launch is not None
-    if _launch.patched:
-        return interpreter._LangPatchScope()
-    _launch.patched = True
-    return _patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
