@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lrp_fast.memory import keep_freed_memory
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels then run on the CPU
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -19,6 +21,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     quick_interpreter.install()
     strict_interpreter.install()
+
+keep_freed_memory(pytest)  # else the system fills it with zeros for every test anew, a tenth of all the time
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker for each core; more threads than cores would only wait for each other
