@@ -80,7 +80,7 @@ class Row:
 
     ``narrowest``: the fewest bytes of activations that one instruction moves, see :class:`compiling.Resources`.
     ``predicted``: seconds for what the case moves and multiplies; ``issue``: for the instructions of this launch, where every
-    scheduler of an H100 issues one in each cycle (in bfloat16 for sm_90; 0 elsewhere).
+    scheduler of an H100 issues one in each cycle (of :func:`resources` under ``cases`` in bfloat16 for sm_90; 0 elsewhere).
     """
 
     case: str
@@ -140,10 +140,10 @@ def identity(mode: Mode, case: KernelCase, launch: Launch) -> tuple[object, ...]
     return case.kernel, launch.kernel.__name__, frozenset(kept.items())
 
 
-def row_of(case: KernelCase, prepared: Prepared, dtype: str, launch: Launch, found: Resources) -> Row:
+def row_of(mode: Mode, case: KernelCase, prepared: Prepared, dtype: str, launch: Launch, found: Resources) -> Row:
     """What was found, as this case launches it."""
     arguments, warps = launch.arguments, launch.options["num_warps"]
-    counted = (found.capability, dtype) == (90, "bf16")
+    counted = (mode, found.capability, dtype) == ("cases", 90, "bf16")
     issued = found.code.issued(launch.programs * warps, prepared.flops) if counted else 0.0
     sums = {4} if "guarded" in (arguments.get("PART_A"), arguments.get("PART_B")) else set()  # one for eight channels
     tile = {name.lower(): int(arguments.get(name, 0)) for name in ("ROWS", "COLUMNS", "INNER")}
@@ -209,7 +209,7 @@ def rows(mode: Mode, dtype: str, capability: int) -> list[Row]:
                 done[key] = compiled(launch, capability)
             elif mode != "cases":
                 continue
-            found.append(row_of(case, prepared, dtype, launch, done[key]))
+            found.append(row_of(mode, case, prepared, dtype, launch, done[key]))
     return found
 
 
