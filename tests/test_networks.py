@@ -51,9 +51,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vgg_small_head": (vgg, 16),
 }
 
-# Composites with a flat first layer differ in that alone: on a plain stem, a deep one and a small one.
-STEMS = ("resnet18", "resnet26d", "cifar20")
-
 # Networks in which no unit decides anything: no winner in a window, no hidden layer under the rule ε, whose relevance jumps
 # where a unit starts to fire. What is left of a difference is rounding, and it is small for every image.
 CONTINUOUS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -62,6 +59,12 @@ CONTINUOUS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vgg_average": (lambda: vgg(nn.AvgPool2d, hidden=0), 32),
     "cifar20": NETWORKS["cifar20"],
 }
+
+
+def tried(name: str) -> list[str]:
+    """The composites tried on a network; those that differ in a flat first layer alone on a plain stem, a deep and a small one."""
+    flat = name in ("resnet18", "resnet18_average", "resnet26d", "cifar20")
+    return [composite for composite in list_composites() if flat or not composite.endswith("_flat")]
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +82,7 @@ def network(networks: dict[str, nn.Module], name: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "composite"),
-    [
-        (name, composite)
-        for name in NETWORKS
-        for composite in list_composites()
-        if name != "vgg_small_head" and (not composite.endswith("_flat") or name in STEMS)
-    ],
+    [(name, composite) for name in NETWORKS if name != "vgg_small_head" for composite in tried(name)],
 )
 def test_against_the_reference(networks: dict[str, nn.Module], name: str, composite: str) -> None:
     model, side = network(networks, name), NETWORKS[name][1]
@@ -111,8 +109,8 @@ def test_against_the_reference(networks: dict[str, nn.Module], name: str, compos
     [
         (name, composite)
         for name in CONTINUOUS
-        for composite in list_composites()
-        if composite not in (*POSITIVE, "epsilon") and (not composite.endswith("_flat") or name in STEMS)
+        for composite in tried(name)
+        if composite not in (*POSITIVE, "epsilon")
     ],
 )
 def test_float32_where_nothing_is_decided(networks: dict[str, nn.Module], name: str, composite: str) -> None:
@@ -210,8 +208,7 @@ class TestTrained:
         [
             (name, side, composite)
             for name, side in (("resnet18", 224), ("resnet50", 97))
-            for composite in list_composites()
-            if not composite.endswith("_flat") or name in STEMS
+            for composite in tried(name)
         ],
     )
     def test_against_the_reference(
