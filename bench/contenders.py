@@ -228,7 +228,7 @@ def expected(contender: Contender, model: nn.Module, images: Tensor) -> Referenc
 
 
 def bound(contender: Contender, dtype: torch.dtype, plain: float = 0.0) -> float:
-    """The largest relative L2 error allowed (DESIGN §6); twice that of a ``plain`` evaluation where that is more."""
+    """The largest relative L2 error allowed; twice that of a ``plain`` evaluation where that is more."""
     if contender.kind == "peer":
         return PEER_BOUND
     if dtype == torch.bfloat16:

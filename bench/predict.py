@@ -55,7 +55,7 @@ class Rates:
     """Processors · schedulers · clock, of which each issues one instruction a cycle: a bound that no kernel passes."""
 
 
-# Of bytes and bf16 as measured (H100: DESIGN §4; H200: a copy of 8.6 GB, a product of 8192³); float32 outside tensor cores
+# Of bytes and bf16 as measured (H100: by the design; H200: a copy of 8.6 GB, a product of 8192³); float32 outside tensor cores
 # is an assumption.
 H100 = Rates(3.0e12, {2: 800e12, 4: 50e12})
 H200 = Rates(4.3e12, {2: 790e12, 4: 50e12})

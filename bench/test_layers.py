@@ -45,7 +45,7 @@ RULES = (
     LayerRule("z+", "epsilon_plus", 3, 1), LayerRule("epsilon", "epsilon", 2, 1),
     LayerRule("alpha-beta", "epsilon_alpha2_beta1", 4, 2),
 )  # fmt: skip
-"""Costs as DESIGN §4 counts them."""
+"""Costs in convolutions forward and backward."""
 MERGES = (
     LayerRule("z+, signed split", "epsilon_plus", 3, 2), LayerRule("z+, ratio split", "epsilon_plus", 3, 2, "ratio"),
 )  # fmt: skip
@@ -187,7 +187,7 @@ def prepare_layer(case: LayerCase, device: torch.device, row: dict[str, Any]) ->
     explainer = LRP(model, *rules)
 
     def run() -> Tensor:
-        # Relevance as a ReLU network sends it, of all channels and in proportion to the outputs: no poles (DESIGN §6).
+        # Relevance as a ReLU network sends it, of all channels and in proportion to the outputs: no poles.
         relevance = explainer.explain(x, start=torch.relu).relevance
         assert relevance is not None
         return relevance

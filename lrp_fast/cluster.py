@@ -36,7 +36,7 @@ _MOST_BLOCKS, _MOST_CALLS = 10_000, 10_000
 class Workers:
     """What explains on a cluster: ``count`` actors of ``gpus`` GPUs and ``cpus`` CPUs each.
 
-    ``decoding_cpus``: what each of the tasks beside them, which decode, is given.
+    ``decoding_cpus``: the CPUs of each of the decoding tasks that run beside them.
     """
 
     count: int = 1

@@ -1,7 +1,7 @@
 """Composites: which rule each step of a plan gets, as named data.
 
 The names of zennit's composites mean the same rules here; ``otsuki2024`` is the paper's method as published and
-``conserving`` the same method without the terms that lose relevance (DESIGN §3).
+``conserving`` the same method without the terms that lose relevance.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class PoolRule:
     """How a pool shares relevance out.
 
     ``winner``: all to the maximum. ``proportional``: ``r = x · Aᵀ(R / stab(z), 1)`` with z the pool's own average.
-    ``blocks``: likewise, with a max-pool answered as an average over blocks as large as its stride (DESIGN §3).
+    ``blocks``: likewise, with a max-pool answered as an average over blocks: output o answers for the inputs from o · stride
+    up to the next output's, clipped to the image, or for the pool's own window where that is empty.
     """
 
     kind: Literal["winner", "proportional", "blocks"]
@@ -63,6 +64,9 @@ class Assignment:
 class Composite:
     """Rules for linear layers and pools, splits for merges, and the relevance to start from.
 
+    ``convolution``, ``dense``: the rules of convolutions and of linear layers; ``stem``: that of the linear layers which no
+    other precedes, ``None`` for no special one; ``max_pool``, ``average_pool``: those of pools; ``splits``: those of merges;
+    ``start``: ``"probability"``, ``"logit"`` or ``"one"``, of the explained class.
     ``batch_norm``: ``"fold"`` multiplies it into the weights before their parts are taken, ``"pass"`` hands relevance
     through it unchanged, so that rules see the layer's own weights. ``overrides`` apply last, the latest first.
     """
@@ -83,7 +87,8 @@ class Composite:
     def named(name: str, **parameters: object) -> Composite:
         """The registered composite of that name (hyphens or underscores), with its own parameters if it has any.
 
-        ``Composite.named("epsilon_gamma_box", low=-1.0, high=1.0)``. Raises ``ValueError`` that lists what is known.
+        ``Composite.named("epsilon_gamma_box", low=-1.0, high=1.0)``. Raises ``ValueError`` that lists what is known,
+        ``TypeError`` for a name that is no text.
         """
         if not isinstance(name, str):
             raise TypeError(f"a composite is a name or a Composite, got {name!r}")
@@ -97,9 +102,9 @@ class Composite:
 
     @staticmethod
     def for_range(name: str, low: Sequence[float], high: Sequence[float]) -> Composite:
-        """The registered composite of that name, told the least and the largest input of each channel.
+        """The registered composite of that name, with the least and the largest input of each channel as its pixel bounds.
 
-        Only those with a zᴮ rule have use for it; all others are as :meth:`named` gives them.
+        Only composites with a zᴮ rule use the bounds; all others are as :meth:`named` gives them.
         """
         factory = _REGISTRY.get(name.replace("-", "_"))
         bounded = factory is not None and {"low", "high"} <= set(inspect.signature(factory).parameters)
@@ -108,7 +113,8 @@ class Composite:
     def with_rule(self, layers: str | type, rule: Rule) -> Composite:
         """This composite with another rule for some linear layers.
 
-        ``layers``: a module name, a pattern of names (``"layer1.*"``), or a module class (``nn.Linear``).
+        ``layers``: a module name, a pattern of names (``"layer1.*"``, as in a shell), or a module class (``nn.Linear``). Where
+        several fit a layer, the latest counts. Raises ``TypeError`` for other arguments; that nothing fits, :class:`LRP` says.
         """
         if not isinstance(layers, (str, type)):
             raise TypeError(f"expected a name pattern or a module class, got {layers!r}")
@@ -117,7 +123,7 @@ class Composite:
         return replace(self, overrides=(*self.overrides, (layers, rule)))
 
     def with_split(self, split: str | Split | Splits) -> Composite:
-        """This composite with other splits at its merges."""
+        """This composite with other splits at its merges; raises what :class:`~lrp_fast.splits.Splits` raises."""
         return replace(self, splits=as_splits(split))
 
     def record(self) -> dict[str, Any]:
@@ -206,7 +212,8 @@ _REGISTRY: dict[str, Callable[..., Composite]] = {}
 def register_composite(factory: Callable[..., Composite]) -> Callable[..., Composite]:
     """Make a function that returns a composite known by its name, to :func:`list_composites` and the command line.
 
-    Raises ``ValueError`` if the name is taken.
+    ``factory``: its name becomes the composite's; it must be callable without arguments, and those it takes are given by
+    :meth:`Composite.named`. Returns it, so this is a decorator. Raises ``ValueError`` if the name is taken.
     """
     name = factory.__name__
     if name in _REGISTRY:

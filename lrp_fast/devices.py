@@ -46,9 +46,9 @@ def attribute_on_devices(
 ) -> Progress:
     """As :meth:`Pipeline.into`, on several devices at once; each writes its share of ``part``.
 
-    ``options.workers`` decoding processes for each device; on a CPU the threads are shared out. What one process cannot
-    do the others go on with; then its error is raised: a :class:`~lrp_fast.store.StoreError` or ``ValueError`` as it is, any
-    other as a :class:`PipelineError`. Stored is what was computed, and the same call continues.
+    ``options.workers`` decoding processes for each device; on a CPU the threads are shared out. If one process
+    fails, the others finish their shares; then its error is raised: a :class:`~lrp_fast.store.StoreError` or ``ValueError``
+    as it is, any other as a :class:`PipelineError`. What was computed is stored, and the same call continues.
     """
     context = torch.multiprocessing.get_context("spawn")
     stop = context.Event()

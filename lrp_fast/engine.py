@@ -2,7 +2,7 @@
 
 ``forward`` gives the logits and a tape of gates; ``backward`` takes the tape and a start relevance and gives the
 relevance of the input. Steps are grouped into units (a linear layer or merge with the ReLU behind it), and for each unit
-it is decided once how relevance reaches it (DESIGN §4): as ``acc`` alone, with its own output in the gate's numerator;
+it is decided once how relevance reaches it: as ``acc`` alone, with its own output in the gate's numerator;
 from a merge, with the split's weight in the numerator; or whole.
 """
 

@@ -82,9 +82,9 @@ class EvaluationError(Exception):
 class EvaluationOptions:
     """What is measured, and on which pictures.
 
-    ``metrics``, ``protocols``: of ``METRICS`` and ``PROTOCOLS``, where localisation needs masks unless all metrics are
-    asked for; ``target``: the class explained, ``"predicted"`` or
-    ``"label"``; ``limit``: pictures drawn with ``seed``, ``None`` for all; ``per_class``: the same number of each class;
+    ``metrics``, ``protocols``: some of ``METRICS`` and ``PROTOCOLS``; localisation is left out without masks if all metrics
+    are asked for, and else an error; ``target``: the class explained, ``"predicted"`` or ``"label"``; ``limit``: pictures
+    drawn with ``seed``, ``None`` for all; ``per_class``: the same number of each class;
     ``batch_size``: pictures explained at a time; ``patch``, ``step``, ``baseline``: as of
     :func:`lrp_fast.metrics.insertion_deletion`, ``step=None`` for the published share (1 % of the patches);
     ``sanity``: pictures for the parameter randomization, 0 for none; ``shown``: pictures shown with every map.
@@ -298,7 +298,8 @@ class EvaluationOutcome:
 class Evaluation:
     """Measures methods on a sample of a source: ``Evaluation(loaded, source, options, device).into(folder, methods)``.
 
-    Raises :class:`EvaluationError` for labels, classes, masks or pictures that do not fit, ``ValueError`` for such a step.
+    Raises :class:`EvaluationError` for labels, classes, masks or pictures that do not fit, ``ValueError`` for a step
+    that shows a whole picture at once.
     """
 
     def __init__(

@@ -51,20 +51,20 @@ StartArgument = str | Callable[[Tensor], Tensor] | Tensor | None
 
 @dataclass(frozen=True)
 class Attribution:
-    """What :meth:`LRP.explain` returns; ordinary tensors on the model's device.
+    """What :meth:`LRP.explain` returns; ordinary tensors on the model's device, float32 (float64 where computed in float64).
 
-    N images, or N×K maps where K targets were asked for of each image (everything but ``output`` then has N×K in front).
-    Of an image whose values overflow, the map and the leak hold NaN, those of the others do not.
+    N images; with K targets for each image everything but ``output`` begins with N×K instead of N. Where an image's values
+    overflow, its own map and leak hold NaN; other images are not affected.
 
-    - ``relevance``: N×C×H×W float32 (float64 where computed in float64), or None if it was not asked for
+    - ``relevance``: N×C×H×W, shaped like the inputs, or None if it was not asked for
     - ``heatmap``: N×H×W, the relevance summed over channels
-    - ``target``: N int64, the class that was explained
+    - ``target``: N int64, the class that was explained; the predicted one where the start was given as a tensor or function
     - ``output``: N × classes, the model's logits
     - ``start``: N, the relevance put in
-    - ``leak``: N, ``(start − Σ relevance) / start``, signed, before probabilities or logits scale the map; 0 where both are 0;
-      of a start that is given, over the sum of its magnitudes
-    - ``layers``: module name → relevance at that module's output
-    - ``probability``: N float64, the softmax probability of that class
+    - ``leak``: N, the share of the start that did not arrive, ``(start − Σ relevance) / start``, signed; 0 where both are 0.
+      Taken before a probability or logit scales the map; for a given start the divisor is the sum of its magnitudes
+    - ``layers``: module name → relevance at that module's output, shaped like that output
+    - ``probability``: N float64, the softmax probability of ``target``
     """
 
     relevance: Tensor | None
@@ -85,6 +85,14 @@ class Attribution:
 class LRP:
     """Layer-wise relevance propagation for a model (Otsuki et al., ECCV 2024, and the rules of the field).
 
+    From the start relevance at the logits back to the pixels, each linear layer hands its relevance R on to its input x,
+    and each merge h = F + S to its branches. By ``otsuki2024``, with ``A`` the layer's linear map and ``Aᵀ`` its transpose::
+
+        convolution   r = x⁺ · Aᵀ(R / (z + 1e-5), W⁺),   z = A(x⁺, W⁺) + b      (the first one sees ones for x)
+        merge         R_F = R · |F| / (|F| + |S|),   R_S = R − R_F               (one half each where both are 0)
+
+    The other rules and splits: :mod:`lrp_fast.rules`, :mod:`lrp_fast.splits`.
+
     Parameters
     ----------
     model
@@ -100,14 +108,15 @@ class LRP:
         :meth:`describe`), ``"torch"``, ``"reference"`` (float64 equations, slow), or ``"auto"``: triton where its kernels
         can run, else torch.
     dtype
-        What is computed in: float32, bfloat16 or float64; by default the model's own. The reference takes float64 alone.
+        The dtype of the computation: float32, bfloat16 or float64; by default the model's own (float32 if its weights mix
+        several). The reference takes float64 only.
     compile
         Run the two passes through ``torch.compile`` (the first call with a shape takes a minute).
     tf32
         Let a GPU use TF32 for float32 convolutions; off by default, whatever the global setting.
     cuda_graph
-        On a GPU, record each of the two passes once for an input shape and replay it from then on: what a small batch
-        spends on launching kernels is saved. The recording keeps its memory.
+        On a GPU, record each of the two passes once for an input shape and replay it from then on, which saves a small
+        batch the time of launching kernels. A recording keeps its memory. Not with ``compile``.
     keep_memory
         On a CPU, have the C library (glibc) keep what an explanation frees for the next one, which saves 10 to 40 % of its
         time. It is a setting of the process, taken back when the last such explainer is gone: see
@@ -116,10 +125,13 @@ class LRP:
     Raises
     ------
     TraceError (a ``ValueError``)
-        The model is in training mode, or holds something without a relevance rule. At the first explanation: what was traced
-        gives other logits than the model, which is called once with one image.
+        The model is in training mode, cannot be traced, or holds something without a relevance rule. From the first
+        explanation, which calls the model once with one image: the traced plan gives other logits than the model.
     ValueError, TypeError
-        An argument is not one of the known ones; the text names those.
+        An argument is not one of the known ones (the text names those), the weights lie on several devices, the backend
+        cannot run there, or a composite does not fit the model.
+    ImportError
+        ``backend="triton"`` without triton.
     """
 
     def __init__(
@@ -170,7 +182,7 @@ class LRP:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The relevance of every input element, shaped like ``inputs`` (N×K×… for N×K targets); captum's signature.
 
-        With ``return_convergence_delta`` also ``start − Σ relevance`` of each map. The model takes one tensor, so
+        With ``return_convergence_delta`` also ``start − Σ relevance`` of each map, N (N×K). The model takes one tensor, so
         ``additional_forward_args`` are refused (``TypeError``). Other arguments and errors as in :meth:`explain`.
         """
         if additional_forward_args is not None:
@@ -192,7 +204,7 @@ class LRP:
         layers: Sequence[str] = (),
         relevance: bool = True,
     ) -> Attribution:
-        """Explain a batch.
+        """Explain a batch; returns an :class:`Attribution`.
 
         Parameters
         ----------
@@ -201,15 +213,18 @@ class LRP:
         target
             None (the predicted class), one class for all, N classes, or N×K classes for K maps from one forward pass.
         start
-            ``"probability"`` (softmax), ``"logit"`` or ``"one"`` of the target class; or the relevance of all classes as a
-            tensor N × classes (N × K × classes), or a function of the logits that gives it. By default the composite's.
+            ``"probability"`` (softmax), ``"logit"`` or ``"one"`` of the target class; or, without a target, the relevance of
+            all classes as a tensor N × classes (N × K × classes), or a function of the logits that gives it. By default the
+            composite's.
         layers
-            Modules whose outputs' relevance is wanted too.
+            Names of modules whose outputs' relevance is wanted too, in a list or tuple.
         relevance
             False for the heatmap alone, which can be cheaper.
 
         Raises
         ------
+        TraceError (a ``ValueError``)
+            At the first call and after a change of the model, as :class:`LRP` says.
         ValueError, TypeError
             For inputs or arguments that do not fit; the text says what was got and what is expected.
         """
@@ -227,9 +242,11 @@ class LRP:
                 check_finite()
 
     def audit(self, inputs: Tensor, target: Target = None, start: StartArgument = None) -> Audit:
-        """Where relevance is lost, step by step (DESIGN §3, *Conservation*), by the float64 equations.
+        """Where relevance is lost, step by step, by the float64 equations: ``Σ_j R_j (b_j + ε_j) / stab(z_j)`` at a layer.
 
-        Arguments as in :meth:`explain`, one target for each image. ``print(audit)`` shows a table.
+        Arguments as in :meth:`explain`, one target for each image. Returns an :class:`~lrp_fast.audit.Audit`, whose ``print``
+        is a table: what was lost to biases, to stabilizers, at outputs that no input contributed to, and at constants.
+        Raises what :meth:`explain` raises, and ``ValueError`` for several targets of an image.
         """
         with torch.inference_mode(False), torch.no_grad():
             parameters = self._refresh_if_changed()
@@ -249,9 +266,9 @@ class LRP:
             return audit_rows(self.plan, self._assignments, result, relevance)
 
     def describe(self, shape: Sequence[int] | None = None) -> str:
-        """A table of the plan: every step, how relevance leaves it, what serves it and why not the kernels.
+        """A table of the plan: every step, how relevance leaves it, what runs it, and why where no kernel does.
 
-        The triton backend chooses for an input shape N×C×H×W: the one given, else that of the latest explanation.
+        The triton backend chooses by input shape N×C×H×W: ``shape`` if given, else that of the latest explanation.
         Raises ``ValueError`` for a shape that the model does not take.
         """
         parameters = self._refresh_if_changed()
@@ -303,10 +320,10 @@ class LRP:
         return report
 
     def refresh(self) -> None:
-        """Read the model again, as if the explainer was new.
+        """Read the model again, as if the explainer were new.
 
-        Needed only after what nothing shows: writes through ``.data`` or under ``torch.inference_mode``, and settings that
-        are objects of the model's own. Other weights, modules, hooks and plain settings, such as a stride, are seen.
+        Needed only after changes that leave no trace: writes through ``.data`` or under ``torch.inference_mode``, and
+        settings that are objects of the model's own. New weights, modules, hooks and plain settings (a stride) are noticed.
         """
         self._trace()
         self._forget()
@@ -355,7 +372,7 @@ class LRP:
         dtype = self._dtype or (next(iter(found)) if len(found) == 1 else torch.float32)
         if dtype not in DTYPES:
             known = ", ".join(str(known) for known in DTYPES)
-            raise ValueError(f"dtype {dtype} is not one relevance can be computed in; give dtype= one of {known}")
+            raise ValueError(f"relevance cannot be computed in {dtype}; give dtype= one of {known}")
         if self._backend == "reference":
             if self._dtype not in (None, torch.float64):
                 raise ValueError(f"the reference computes in float64, got dtype={self._dtype}; leave it out")
@@ -510,7 +527,7 @@ class LRP:
             raise ValueError(f"the inputs are on {inputs.device} but the model is on {self.device}")
         self.plan.check_input(tuple(inputs.shape), parameters)
         if inputs.ndim < 2 or inputs.numel() == 0:
-            raise ValueError(f"expected inputs N x C x H x W, none of it zero, got shape {tuple(inputs.shape)}")
+            raise ValueError(f"expected inputs N x C x H x W, no dimension zero, got shape {tuple(inputs.shape)}")
 
     def _check_output(self, inputs: Tensor, output: Tensor) -> None:
         """Raise ``TraceError`` unless an image's logits are the model's own; once, until the model changes.
@@ -540,9 +557,9 @@ class LRP:
             raise TraceError(f"the model's own logits are not finite (NaN or infinity) on image {place}")
         if not same:
             raise TraceError(
-                f"the logits of what was traced are not the model's: off by {error:.1%} on image {place}. Its forward asks "
-                "what a trace cannot answer (about types, values or gradients), or an object that it reads was changed since "
-                "(then call refresh())"
+                f"the logits of what was traced are not the model's: off by {error:.1%} on image {place}. Either its forward "
+                "decides by what a trace cannot see (types, values or gradients), or an object that it reads has changed "
+                "since (then call refresh())"
             )
 
 
@@ -556,8 +573,8 @@ def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
 def _finite_check(inputs: Tensor) -> Callable[[], None]:
     """What raises ``ValueError`` for inputs that are not finite.
 
-    On a CPU it does so at once. A GPU would have to be waited for, which is why it is asked now, and heard when it has all
-    its work.
+    On a CPU it does so at once. Waiting for a GPU would keep it idle, so the question is put now and the answer read once
+    all of its work is queued.
     """
     finite, asked = inputs.abs().amax(tuple(range(1, inputs.ndim))) < math.inf, None  # NaN is not
     if inputs.device.type == "cuda":
@@ -781,7 +798,7 @@ def _given_start(start: StartArgument, output: Tensor, targets: _Targets) -> _St
     """A start relevance that the caller made, with the predicted class as the target."""
     if targets.classes is not None:
         raise ValueError(
-            "a start relevance given as a tensor or function names all classes itself; give no target with it"
+            "a start relevance given as a tensor or function covers all classes itself; give no target with it"
         )
     given = start(output) if callable(start) else start
     if not isinstance(given, Tensor):

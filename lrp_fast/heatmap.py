@@ -29,6 +29,8 @@ leave dots on a grid of 8 to 32 pixels, which this joins into regions."""
 def heat_quantize(heatmap: Tensor, levels: int = 8) -> Tensor:
     """Round every value of a heatmap down to one of a few evenly spaced levels between its minimum and its maximum.
 
+    ``l = linspace(min, max, levels)``; a value in ``[l_i, l_(i+1))`` becomes ``l_i`` (Otsuki et al. 2024, §3.3).
+
     ``heatmap``: floating tensor [..., H, W]; each H x W map has its own levels. Returns the same shape, dtype and
     device. The levels are computed in float64 and rounded to the map's dtype before anything is compared with them, so
     a value equal to a level stays, no value rises, and quantizing twice changes nothing. A constant map stays as it is.
@@ -58,8 +60,8 @@ def heat_levels(heatmaps: Tensor, levels: int = 8, check: bool = True) -> tuple[
 
     ``heatmaps``: floating tensor [N, H, W]. Returns the level indices, uint8 [N, H, W], and the minima and maxima, [N] in
     the maps' dtype; :func:`from_heat_levels` makes of them what :func:`heat_quantize` gives, bit for bit. Raises what
-    that raises, and ``ValueError`` for more than 256 levels or maps that are not [N, H, W]. Without ``check`` the maps are
-    known to be in order, and a GPU is not waited for.
+    that raises, and ``ValueError`` for more than 256 levels or maps that are not [N, H, W]. ``check=False`` is for maps
+    known to be valid: nothing is checked, and a GPU is not waited for.
     """
     if not 2 <= levels <= 256:
         raise ValueError(f"levels that are stored as bytes are 2 to 256, got {levels}")
@@ -79,7 +81,7 @@ def from_heat_levels(index: Tensor, low: Tensor, high: Tensor, levels: int = 8) 
 
 
 def heat_quantize_signed(heatmap: Tensor, levels: int = 8) -> Tensor:
-    """Quantize what speaks for and what speaks against each by itself, so that zero stays zero.
+    """Quantize positive and negative relevance separately, so that zero stays zero.
 
     :func:`heat_quantize` rounds down, which turns the zeros of a signed map into negative relevance; this is for
     drawing such maps. Shapes, dtypes and errors as there; a map whose minimum is 0 gives the same.

@@ -89,7 +89,7 @@ class Preprocessing:
         return low, high
 
     def with_size(self, size: int) -> Preprocessing:
-        """The same for crops of ``size`` pixels, with the margin around the crop in proportion."""
+        """The same for crops of ``size`` pixels, with the margin around the crop in proportion; ``ValueError`` below 1."""
         if size < 1:
             raise ValueError(f"a crop must be at least 1 pixel wide, got {size}")
         return replace(self, resize=max(size, round(self.resize * size / self.crop)), crop=size)

@@ -203,8 +203,8 @@ class Merge(Layer):
         first, second = inputs
         if first.shape != second.shape:
             raise RuntimeError(
-                f"the branches differ in shape: {tuple(first.shape)} and {tuple(second.shape)}, and a sum that repeats one of "
-                "them along an axis has no relevance rule"
+                f"the branches differ in shape: {tuple(first.shape)} and {tuple(second.shape)}, and an addition that "
+                "broadcasts one of them has no relevance rule"
             )
         return first
 

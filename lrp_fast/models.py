@@ -91,7 +91,7 @@ def load_model(name: str | None = None, weights: Path | None = None, size: int |
     pixels, instead of the network's own.
 
     Raises :class:`UnknownModelError` for an unknown name, and :class:`ModelError` for weights that cannot be read,
-    downloaded or fitted.
+    downloaded or fitted, or a size below 32.
     """
     checkpoint = read_checkpoint(weights) if weights is not None else None
     if name is None:

@@ -34,7 +34,11 @@ from lrp_fast.layers import (
 
 
 class TraceError(ValueError):
-    """The model holds something that has no relevance rule; the text names it and what is supported."""
+    """The model cannot be explained; the text says why, and names what has no relevance rule and what is supported.
+
+    Also for a model in training mode, a forward that torch.fx cannot trace, traced logits that are not the model's, and
+    weights that are not finite.
+    """
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class Plan:
         """The step whose output the module ``name`` gives; raises ``ValueError`` with near names."""
         if name not in self.names:
             near = ", ".join(difflib.get_close_matches(name, self.names, n=12, cutoff=0.0))
-            raise ValueError(f"no layer named {name!r} in the traced model; near names are: {near}")
+            raise ValueError(f"no layer named {name!r} in the traced model; the nearest names are: {near}")
         return self.names[name]
 
     def shapes(self, input_shape: Shape, parameters: Parameters) -> tuple[Shape, ...]:

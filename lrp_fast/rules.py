@@ -1,6 +1,6 @@
 """Rules: how a linear layer shares relevance out, written down as tables of terms.
 
-Notation (DESIGN §3): ``x`` is the layer's input, ``W``, ``b`` its weight and bias, ``A(x, W)`` the linear map and
+Notation: ``x`` is the layer's input, ``W``, ``b`` its weight and bias, ``A(x, W)`` the linear map and
 ``Aᵀ(s, W)`` its transpose, ``R`` the relevance of the output and ``r`` that of the input. Products are element-wise,
 and ``x⁺ x⁻ W⁺ W⁻ b⁺ b⁻`` are positive and negative parts. A rule is a list of groups::
 
@@ -49,7 +49,10 @@ WeightPart = Part | Literal["square", "ones"]
 
 @dataclass(frozen=True)
 class Stabilizer:
-    """``stab(z) = z + ε · sign(z)`` with sign(0) = +1, or ``z + ε`` where ``signed`` is false."""
+    """``stab(z) = z + ε · sign(z)`` with sign(0) = +1, or ``z + ε`` where ``signed`` is false.
+
+    Raises ``ValueError`` unless ε is finite and at least 2⁻¹²⁶. So does every rule below for its ``epsilon`` or ``stabilizer``.
+    """
 
     epsilon: float
     signed: bool = True
@@ -140,6 +143,9 @@ def Epsilon(epsilon: float = 1e-6) -> Rule:  # noqa: N802 - rules are named as i
 def AlphaBeta(alpha: float = 2.0, beta: float = 1.0, stabilizer: float = 1e-6) -> Rule:  # noqa: N802
     """Positive contributions weighted α, negative ones −β, each over their own sum (Bach et al. 2015, eq. 60).
 
+    ``r = α · Σ x^± · Aᵀ(R / stab(z⁺), W^±) − β · Σ x^± · Aᵀ(R / stab(z⁻), W^∓)``, with ``z⁺ = A(x⁺, W⁺) + A(x⁻, W⁻) + b⁺``
+    and ``z⁻ = A(x⁺, W⁻) + A(x⁻, W⁺) + b⁻``; each Σ has a term for x⁺ and one for x⁻.
+
     Raises ``ValueError`` unless α ≥ 1, β ≥ 0 and α − β = 1 up to rounding, which conservation needs.
     """
     if not (alpha >= 1 and beta >= 0 and math.isclose(alpha - beta, 1.0, rel_tol=1e-6, abs_tol=1e-6)):
@@ -149,7 +155,10 @@ def AlphaBeta(alpha: float = 2.0, beta: float = 1.0, stabilizer: float = 1e-6) -
 
 
 def ZPlus(stabilizer: float = 1e-6) -> Rule:  # noqa: N802
-    """Only positive contributions: alpha-beta with α = 1, β = 0 (Montavon et al. 2017)."""
+    """Only positive contributions: ``r = x⁺ · Aᵀ(R / stab(z⁺), W⁺) + x⁻ · Aᵀ(R / stab(z⁺), W⁻)`` (Montavon et al. 2017).
+
+    That is alpha-beta with α = 1, β = 0, and ``z⁺`` as there.
+    """
     return Rule("z-plus", (("stabilizer", stabilizer),), _sign_groups(1.0, 0.0), Stabilizer(stabilizer))
 
 
@@ -160,7 +169,12 @@ def _sign_groups(alpha: float, beta: float) -> tuple[Group, ...]:
 
 
 def Gamma(gamma: float = 0.25, stabilizer: float = 1e-6) -> Rule:  # noqa: N802
-    """Contributions of the output's own sign favoured by γ (Montavon et al. 2019; for any sign of x as in zennit)."""
+    """Contributions of the output's own sign favoured by γ (Montavon et al. 2019; for any sign of x as in zennit).
+
+    Where the layer's output is positive ``r = x⁺ · Aᵀ(s, W + γW⁺) + x⁻ · Aᵀ(s, W + γW⁻)``, with ``s = R / stab(z)`` and
+    ``z = A(x⁺, W + γW⁺) + A(x⁻, W + γW⁻) + b + γb⁺``; where it is negative, W⁺ and W⁻ change places and b⁻ stands for b⁺.
+    Raises ``ValueError`` unless γ is finite and at least 0.
+    """
     if not (math.isfinite(gamma) and gamma >= 0):
         raise ValueError(f"gamma must be finite and at least 0, got {gamma!r}")
     up, down = Part(1.0 + gamma, 1.0), Part(1.0, 1.0 + gamma)
@@ -172,7 +186,7 @@ def Gamma(gamma: float = 0.25, stabilizer: float = 1e-6) -> Rule:  # noqa: N802
 
 
 Bound = float | Sequence[float] | Tensor | None
-"""Of pixels."""
+"""The least or the largest value of a pixel: one for all channels, one for each, or None for ImageNet's."""
 
 
 def ZBox(low: Bound = None, high: Bound = None, stabilizer: float = 1e-6) -> Rule:  # noqa: N802
@@ -186,7 +200,7 @@ def ZBox(low: Bound = None, high: Bound = None, stabilizer: float = 1e-6) -> Rul
     highs = _bound(high, [(1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)])
     channels = max(len(lows), len(highs))
     if {len(lows), len(highs)} - {1, channels}:
-        raise ValueError(f"low and high need as many values, got {len(lows)} and {len(highs)}")
+        raise ValueError(f"low and high need the same number of values, got {len(lows)} and {len(highs)}")
     spread = (bounds * (channels // len(bounds)) for bounds in (lows, highs))
     if any(below >= above for below, above in zip(*spread, strict=True)):
         raise ValueError(f"low must be below high in every channel, got low={lows}, high={highs}")
@@ -209,13 +223,13 @@ def _bound(value: Bound, default: Sequence[float]) -> tuple[float, ...]:
 
 
 def WSquare(stabilizer: float = 1e-6) -> Rule:  # noqa: N802
-    """``r_i = Σ_j w_ij² / (Σ w² + b²) · R_j``, whatever the input (Montavon et al. 2017)."""
+    """``r = Aᵀ(R / stab(Σ W² + b²), W²)``, whatever the input (Montavon et al. 2017)."""
     group = Group((Product("one", "square"),), bias="square")
     return Rule("w-square", (("stabilizer", stabilizer),), (group,), Stabilizer(stabilizer))
 
 
 def Flat(stabilizer: float = 1e-6) -> Rule:  # noqa: N802
-    """The same share for every input of a window (Lapuschkin et al. 2019)."""
+    """``r = Aᵀ(R / stab(n), 1)``, n the inputs of a window: the same share for each (Lapuschkin et al. 2019)."""
     group = Group((Product("one", "ones"),), bias=None)
     return Rule("flat", (("stabilizer", stabilizer),), (group,), Stabilizer(stabilizer))
 
@@ -225,11 +239,12 @@ def PositiveProducts(  # noqa: N802
 ) -> Rule:
     """The paper's rule: only ``x⁺ · W⁺``, over ``z + 1e-5`` (Otsuki et al. 2024, §3, and their published code).
 
-    With ``bias`` the layer's bias enters z as it is, so z may be negative. With ``pixels`` false ones stand in for the
+    ``r = x⁺ · Aᵀ(R / stab(z), W⁺)``, ``z = A(x⁺, W⁺) + b``. With ``bias`` the layer's bias enters z as it is, so z may be
+    negative. With ``pixels`` false ones stand in for the
     input: what the method's first convolution sees. Raises ``ValueError`` for a zero-guard with ``bias``.
     """
     if bias and isinstance(stabilizer, ZeroGuard):
-        raise ValueError("a zero-guard divides relevance among inputs alone: give bias=False with it")
+        raise ValueError("a zero-guard shares relevance among inputs only, so it needs bias=False")
     product = Product("x+" if pixels else "one", POSITIVE)
     group = Group((product,), bias=WHOLE if bias else None)
     parameters = (("stabilizer", stabilizer), ("bias", bias), ("pixels", pixels))

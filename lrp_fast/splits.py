@@ -23,8 +23,8 @@ class Split:
     """A named way to weigh the branches of a merge.
 
     ``weights(F, S)`` gives ``(ρ_F, ρ_S)``, tensors shaped like F in F's dtype, or numbers. ``symmetric``: exchanging F
-    and S exchanges the weights. ``complementary``: ρ_S = 1 − ρ_F, so nothing is lost. ``proportional``: where one branch
-    is zero and the other is not, the one gets nothing.
+    and S exchanges the weights. ``complementary``: ρ_S = 1 − ρ_F, so nothing is lost. ``proportional``: a branch that
+    is zero where the other is not gets nothing.
     """
 
     name: str
@@ -70,7 +70,8 @@ class Splits:
     """The splits of a model's merges: ``identity`` where the skip holds no linear layer, ``projection`` where it does.
 
     Both may be given as names or as :class:`Split`. The paper's ablation is (residual-only, symmetric),
-    (residual-only, ratio), (symmetric, symmetric) and (ratio, ratio); the last is the method.
+    (residual-only, ratio), (symmetric, symmetric) and (ratio, ratio); the last is the method. Raises ``ValueError`` for an
+    unknown name, ``TypeError`` for what is neither.
     """
 
     identity: Split
@@ -91,7 +92,7 @@ class Splits:
 
 
 def get_split(split: str | Split) -> Split:
-    """The split of that name (hyphens or underscores); raises ``ValueError`` naming the known ones."""
+    """The split of that name (hyphens or underscores); ``ValueError`` names the known ones, ``TypeError`` for no name."""
     if isinstance(split, Split):
         return split
     if not isinstance(split, str):

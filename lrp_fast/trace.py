@@ -131,7 +131,7 @@ def trace(model: nn.Module) -> Plan:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise TraceError(f"{type(model).__name__} runs copies of a model; give the model itself, its .module")
+        raise TraceError(f"{type(model).__name__} runs replicas of a model; give the model itself, its .module")
     exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)  # which torch.export replaces
     if isinstance(model, torch.jit.ScriptModule) or "forward" in vars(model) or exported:
         raise TraceError(
@@ -142,7 +142,7 @@ def trace(model: nn.Module) -> Plan:
     hooks = hooked(model)
     if hooks:
         warnings.warn(
-            f"forward hooks at {', '.join(hooks[:5])} are not run and not part of the explanation",
+            f"forward hooks at {', '.join(hooks[:5])} are not run, so the explanation leaves out what they change",
             stacklevel=5,  # where LRP or explain was called
         )
     _check_questions(model)
@@ -194,7 +194,7 @@ def _check_questions(model: nn.Module) -> None:
             if "is_tensor" in names or {"isinstance", "Tensor"} <= names:
                 raise TraceError(
                     f"{path or 'the model'} ({type(module).__name__}) asks whether something is a tensor, which "
-                    f"torch.fx cannot answer ({function.__qualname__}). Supported: a forward that does not ask"
+                    f"torch.fx cannot answer ({function.__qualname__}). Supported: a forward without such questions"
                 )
 
 

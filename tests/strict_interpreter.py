@@ -1,7 +1,7 @@
 """Triton's interpreter made as strict as a GPU: what it lets pass, and a GPU would not, fails in every test.
 
 The interpreter follows any address, runs programs one after another, gives zeros where a mask is off, multiplies tiles no
-tensor core takes, and treats bfloat16 as whole numbers (DESIGN §7). :func:`install` changes its builder, for this
+tensor core takes, and treats bfloat16 as whole numbers. :func:`install` changes its builder, for this
 process, so that in every launch
 
 - each address lies inside a tensor that was given, at one of its elements;

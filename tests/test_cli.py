@@ -300,7 +300,7 @@ def test_a_second_run_interrupted_at_once_leaves_the_first(
     for folder in (output, tmp_path / "new"):
         result = attribute(weights, file, folder)
         assert (result.exit_code, result.stdout) == (130, "")
-        assert f"interrupted before anything was done; {folder} holds what it held" in one_line_of_error(result)
+        assert f"interrupted before anything was done; {folder} is left as it was" in one_line_of_error(result)
     assert {path: path.read_bytes() for path in output.glob("[!.]*")} == before
     assert not (tmp_path / "new" / "results.csv").exists()
 
@@ -312,7 +312,7 @@ def test_a_second_run_in_which_all_fails_leaves_the_first(weights: Path, tmp_pat
     before = {path: path.read_bytes() for path in output.glob("[!.]*")}
     result = attribute(weights, bad, output)
     assert (result.exit_code, result.stdout) == (3, "")
-    assert f"no picture could be explained; {output} holds what it held" in one_line_of_error(result)
+    assert f"no picture could be explained; {output} is left as it was" in one_line_of_error(result)
     assert {path: path.read_bytes() for path in output.glob("[!.]*")} == before
     assert attribute(weights, bad, tmp_path / "new").exit_code == 3
     assert [row["status"] for row in rows(tmp_path / "new")] == ["failed"]

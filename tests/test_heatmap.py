@@ -24,7 +24,7 @@ from lrp_fast.heatmap import (
 
 
 def quantize_one_by_one(heatmap: Tensor, levels: int) -> Tensor:
-    """The definition of DESIGN §3 for one [H, W] map, one value at a time."""
+    """The definition for one [H, W] map, one value at a time."""
     exact = np.linspace(float(heatmap.min()), float(heatmap.max()), levels)
     ladder = torch.from_numpy(exact).to(heatmap.dtype).tolist()
     out = heatmap.clone()

@@ -1,4 +1,4 @@
-"""The layers of the package: imports go downward only (DESIGN §5)."""
+"""The layers of the package: imports go downward only."""
 
 from __future__ import annotations
 

@@ -688,6 +688,12 @@ def test_random_maps(small: nn.Module) -> None:
         assert noise[n][levels[n] == 1].min() > noise[n][levels[n] == 0].max()
 
 
+@pytest.mark.parametrize("share", [-1.0, 0.0, 1.5, float("nan")])
+def test_two_levels_need_a_share_of_the_pixels(share: float) -> None:
+    with pytest.raises(ValueError, match="share is a part of the pixels"):
+        RandomTwoLevels(share=share)
+
+
 def test_edges(small: nn.Module) -> None:
     images = torch.randn(2, 3, 9, 7)
     grey = np.pad(images.double().mean(1).numpy(), ((0, 0), (1, 1), (1, 1)), mode="edge")

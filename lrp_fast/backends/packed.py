@@ -2,7 +2,7 @@
 
 The library's own convolutions bring their weights into oneDNN's blocked layout at every call: a third of the time of a
 single image. Here they are packed for one input shape when a program is bound, bias and ReLU join the convolution, and a
-transposed convolution takes whichever form is fastest there (DESIGN §4, §6: the same products, summed in another order).
+transposed convolution takes whichever form is fastest there (the same products, summed in another order).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The torch backend: stacked weights and gates (DESIGN §4).
+"""The torch backend: stacked weights and gates.
 
 A linear layer's forward pass runs one convolution with the weights its rule needs stacked on top of its own, and turns
 the denominators into *gates* at once: ``gate_g = numerator · mask_g / stab(z_g)``. Its backward pass multiplies what
@@ -732,7 +732,7 @@ def _pool_matrix(layer: AveragePool, n: int, k: int, s: int, p: int) -> Tensor:
 
 
 class BlockMap:
-    """The average that stands in for a max-pool (DESIGN §3, *blocks*), and its transpose, bound to an input shape.
+    """The average that stands in for a max-pool under *blocks*, and its transpose, bound to an input shape.
 
     Output o answers for the block starting at o · stride, clipped to the input, or for the pool's own window where that
     is empty (or has nothing ``live``, 1 × channels × …); the two kinds are kept apart by a mask.

@@ -177,7 +177,7 @@ def report(outcome: Outcome, output: Path) -> None:
     """Say what was done and leave with the exit code that tells."""
     if not outcome.begun:
         why = "interrupted before anything was done" if outcome.interrupted else "no picture could be explained"
-        stop(f"{why}; {output} holds what it held", EXIT_INTERRUPTED if outcome.interrupted else EXIT_SOME_FAILED)
+        stop(f"{why}; {output} is left as it was", EXIT_INTERRUPTED if outcome.interrupted else EXIT_SOME_FAILED)
     numbers = outcome.summary()
     failed = f", [yellow]{numbers['failed']} failed[/]" if "failed" in numbers else ""
     leak = f"; mean leak {numbers['mean leak']}" if "mean leak" in numbers else ""

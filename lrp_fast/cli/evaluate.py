@@ -144,7 +144,7 @@ def show_methods() -> None:
 def find_methods(names: str | None, preset: str | None) -> dict[str, Method]:
     """The methods of a preset and those named, by name, and the random controls that no table is without."""
     if names is None and preset is None:
-        raise UsageError(f"what is to be evaluated? Give --methods NAME,NAME or --preset {' or '.join(PRESETS)}")
+        raise UsageError(f"nothing to evaluate: give --methods NAME,NAME or --preset {' or '.join(PRESETS)}")
     wanted: list[str] = []
     if preset is not None:
         check_choice("--preset: unknown preset", preset, PRESETS)

@@ -33,11 +33,16 @@ class RandomTwoLevels:
     """:class:`RandomMap` cut to two levels: 1 at the ``share`` of pixels with the highest values, 0 elsewhere.
 
     Under the published insertion and deletion protocol, which moves tied pixels together, it scores as high as a good
-    map that is quantized (DESIGN §3): an improvement by quantization alone must be held against it.
+    map that is quantized: an improvement by quantization alone must be held against it. Raises ``ValueError`` for a share
+    outside (0, 1].
     """
 
     share: float = 0.02
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is a part of the pixels, above 0 and at most 1, got {self.share}")
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor, /) -> Tensor:
         noise = RandomMap(self.seed)(model, images, target).flatten(1)

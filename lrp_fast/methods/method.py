@@ -121,9 +121,9 @@ class PreparedMethod(ABC, Generic[State]):
         return checked_heatmaps(self._run(self.heatmaps, model, images, target), images)
 
     def forget(self) -> None:
-        """Let go of what was made of the last model: for our own methods its weights once more, packed.
+        """Release what was prepared for the last model; for our own methods that is a packed copy of its weights.
 
-        Needed by those, too, after writes through ``.data``, which nothing else shows.
+        Our own methods also need it after writes through ``.data``, which leave no trace.
         """
         self._memory.forget()
 

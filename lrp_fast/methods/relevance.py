@@ -24,7 +24,8 @@ class LRPMethod(PreparedMethod[LRP]):
     """Layer-wise relevance propagation by :class:`lrp_fast.LRP`; the model is traced once.
 
     ``composite``, ``split`` and ``backend`` as there; ``levels``: heat quantization to that many levels, None for none.
-    Raises ``ValueError`` for a composite or split that is not known, or fewer than 2 levels.
+    Raises ``ValueError`` for a composite or split that is not known, or fewer than 2 levels (more than 65536: at the first
+    map).
     """
 
     composite: str | Composite = "otsuki2024"

@@ -1,4 +1,4 @@
-"""Conservation over a data set: what arrives against what was put in, and where the rest was lost (DESIGN §3)."""
+"""Conservation over a data set: what arrives against what was put in, and where the rest was lost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Conservation:
 
     @property
     def leak(self) -> Tensor:
-        """``(start − total) / start`` per image, signed: 0 where both are 0, infinite where only the start is."""
+        """``(start − total) / start`` per image, signed: 0 where both are 0, infinite where only the start is 0."""
         return leak_of(self.start, self.total, self.start)
 
     @property

@@ -108,7 +108,7 @@ def insertion_deletion(
         ``"blur"`` (the image under a Gaussian of standard deviation :data:`BLUR_SHARE` × the shorter side, reflected at
         the border).
     seed
-        Of the order of tied patches: ``numpy.random.default_rng([seed, crc32(image)]).permutation(n)`` lists the patches
+        Fixes the order of tied patches: ``numpy.random.default_rng([seed, crc32(image)]).permutation(n)`` lists the patches
         (row by row) as they enter if all are tied, with the checksum of the image's bytes, C×H×W. So an image's order
         is its own, the same in whatever batch it is and whichever map is scored.
     batch_size

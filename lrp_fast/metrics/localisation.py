@@ -16,7 +16,7 @@ from lrp_fast.metrics.checks import check_heatmaps
 
 
 def pointing_game(heatmaps: Tensor, masks: Tensor) -> Tensor:
-    """Whether the most relevant pixel lies in the mask, 1 or 0; of several the share that does (Zhang et al. 2018, §4).
+    """Whether the most relevant pixel lies in the mask, 1 or 0; the share that does if several tie (Zhang et al. 2018, §4).
 
     There is no margin around the mask; the original game allows 15 pixels.
     """
@@ -37,9 +37,9 @@ def relevance_mass(heatmaps: Tensor, masks: Tensor) -> Tensor:
 
 
 def relevance_rank(heatmaps: Tensor, masks: Tensor) -> Tensor:
-    """Relevance rank accuracy: of the K most relevant pixels, K the mask's area, the share in it (Arras et al. 2022, §3.2).
+    """Relevance rank accuracy: the share of the K most relevant pixels that lies in the mask (Arras et al. 2022, §3.2).
 
-    Of the pixels tied at the K-th place as many as fit count, at the share of them that lies in the mask.
+    K is the mask's area. Pixels tied at the K-th place fill the places left, and count by their share that is in the mask.
     """
     relevance, inside = _flat(heatmaps, masks)
     area = inside.sum(1)

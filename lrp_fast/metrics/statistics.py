@@ -38,8 +38,8 @@ def bootstrap(values: Values, confidence: float = 0.95, resamples: int = 2000, s
     From n values n are drawn with replacement, ``resamples`` times; the interval leaves (1 − confidence)/2 of their means
     on either side. NaN (an image without a score) is left out and counted. The same seed gives the same interval.
 
-    Raises ``ValueError`` for values that are not one-dimensional or infinite, a confidence outside (0, 1) or fewer than
-    one resample.
+    Raises ``ValueError`` for values that are infinite or not one-dimensional, a confidence outside (0, 1), fewer than one
+    resample or a negative seed, ``TypeError`` for resamples or a seed that are no integers.
     """
     given = _numbers(values)
     if not 0 < confidence < 1:
@@ -61,7 +61,7 @@ def bootstrap(values: Values, confidence: float = 0.95, resamples: int = 2000, s
 def bootstrap_difference(
     a: Values, b: Values, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """The mean of a − b over the same images, and its interval: what all images share cancels.
+    """The mean of a − b over the same images, and its interval: how easy an image is for both cancels.
 
     An image counts where both values are known. Arguments and errors as in :func:`bootstrap`; also ``ValueError`` for
     different numbers of values.

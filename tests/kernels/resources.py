@@ -110,7 +110,7 @@ class Row:
 
     @property
     def wants_wgmma(self) -> bool:
-        """A GEMM that must use Hopper's matrix instructions (DESIGN §7)."""
+        """A GEMM that must use Hopper's matrix instructions."""
         return (
             self.capability == 90 and self.dtype != "fp32" and self.rows >= 64 and self.warps >= 4 and not self.grouped
         )

@@ -1,4 +1,4 @@
-"""The triton backend: fused kernels for what they serve, with a reason for what they do not (DESIGN §4)."""
+"""The triton backend: fused kernels for what they serve, with a reason for what they do not."""
 
 from lrp_fast.backends.triton.binding import check_device, serve
 from lrp_fast.backends.triton.choice import Choices
