@@ -23,7 +23,7 @@ from lrp_fast.backends.torch import LinearOperation, channels_last
 from lrp_fast.composites import STARTS, Assignment, Composite, as_composite
 from lrp_fast.engine import Program, bind_linears
 from lrp_fast.layers import Shape
-from lrp_fast.memory import keep_freed_memory
+from lrp_fast.memory import is_out_of_memory, keep_freed_memory
 from lrp_fast.plan import TraceError, Unit
 from lrp_fast.scopes import current_device, float32_precision
 from lrp_fast.splits import Split, Splits
@@ -126,7 +126,7 @@ class LRP:
     ------
     TraceError (a ``ValueError``)
         The model is in training mode, cannot be traced, or holds something without a relevance rule. From the first
-        explanation, which calls the model once with one image: the traced plan gives other logits than the model.
+        explanation, which calls the model once with one of the images: the traced plan gives other logits than the model.
     ValueError, TypeError
         An argument is not one of the known ones (the text names those), the weights lie on several devices, the backend
         cannot run there, or a composite does not fit the model.
@@ -269,10 +269,12 @@ class LRP:
         """A table of the plan: every step, how relevance leaves it, what runs it, and why where no kernel does.
 
         The triton backend chooses by input shape N×C×H×W: ``shape`` if given, else that of the latest explanation.
-        Raises ``ValueError`` for a shape that the model does not take.
+        Raises ``ValueError`` for a shape that the model does not take, ``TypeError`` for what is none.
         """
         parameters = self._refresh_if_changed()
         if shape is not None:
+            if not isinstance(shape, Sequence):
+                raise TypeError(f"expected a shape N x C x H x W, got {shape!r}")
             self.plan.check_input(tuple(shape), parameters)
         serving = self._serving(shape)
         rows = [("step", "operation", "relevance leaves by", "backend")]
@@ -323,7 +325,8 @@ class LRP:
         """Read the model again, as if the explainer were new.
 
         Needed only after changes that leave no trace: writes through ``.data`` or under ``torch.inference_mode``, and
-        settings that are objects of the model's own. New weights, modules, hooks and plain settings (a stride) are noticed.
+        settings that are objects of the model's own. New weights, by any optimizer too, statistics of norms, modules, hooks
+        and plain settings (a stride) are noticed.
         """
         self._trace()
         self._forget()
@@ -369,15 +372,16 @@ class LRP:
                 f"the model's weights lie on several devices ({', '.join(map(str, devices))}); expected one"
             )
         found = {value.dtype for value in parameters.values()}
+        device = devices.pop()
+        if self._backend == "reference":
+            if self._dtype not in (None, torch.float64):
+                raise ValueError(f"the reference computes in float64, got dtype={self._dtype}; leave it out")
+            return device, torch.float64
         dtype = self._dtype or (next(iter(found)) if len(found) == 1 else torch.float32)
         if dtype not in DTYPES:
             known = ", ".join(str(known) for known in DTYPES)
             raise ValueError(f"relevance cannot be computed in {dtype}; give dtype= one of {known}")
-        if self._backend == "reference":
-            if self._dtype not in (None, torch.float64):
-                raise ValueError(f"the reference computes in float64, got dtype={self._dtype}; leave it out")
-            dtype = torch.float64
-        return devices.pop(), dtype
+        return device, dtype
 
     def _refresh_if_changed(self) -> Mapping[str, Tensor]:
         if self._watch.changed():
@@ -521,10 +525,14 @@ class LRP:
     def _check_inputs(self, inputs: Tensor, parameters: Mapping[str, Tensor]) -> None:
         if not isinstance(inputs, Tensor):
             raise TypeError(f"expected inputs as a tensor N x C x H x W, got {type(inputs).__name__}")
-        if not inputs.dtype.is_floating_point:
+        if inputs.dtype not in (*DTYPES, torch.float16):
             raise TypeError(f"expected floating-point inputs (normalised as in training), got {inputs.dtype}")
+        if inputs.layout != torch.strided or inputs.is_nested:
+            raise TypeError(f"expected dense inputs, got {'a nested tensor' if inputs.is_nested else inputs.layout}")
         if inputs.device != self.device:
             raise ValueError(f"the inputs are on {inputs.device} but the model is on {self.device}")
+        if inputs.is_meta:
+            raise ValueError("the model and the inputs are on the meta device, which holds no values")
         self.plan.check_input(tuple(inputs.shape), parameters)
         if inputs.ndim < 2 or inputs.numel() == 0:
             raise ValueError(f"expected inputs N x C x H x W, no dimension zero, got shape {tuple(inputs.shape)}")
@@ -540,9 +548,9 @@ class LRP:
             return
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), inputs.dtype)
         place = int(output.isfinite().all(1).int().argmax())
-        with restored(self.model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the model warns of, its user has seen
-            expected = self.model(inputs[place : place + 1].to(dtype))[0].double()
+        # Of a batch two: a squeeze() takes the dimension of a single image away.
+        images = torch.cat([inputs[place : place + 1].to(dtype)] * min(2, len(inputs)))
+        expected = self._own_output(images)[0].double()
         got, finite = output[place].double(), expected.isfinite()
         error = float((got - expected)[finite].norm() / expected[finite].norm().clamp(min=1e-6))
         bound = max(LOGITS_ERROR[self.dtype], LOGITS_ERROR.get(dtype, 0.0))
@@ -561,6 +569,23 @@ class LRP:
                 "decides by what a trace cannot see (types, values or gradients), or an object that it reads has changed "
                 "since (then call refresh())"
             )
+
+
+    def _own_output(self, images: Tensor) -> Tensor:
+        """The model's logits of images, which it may write to."""
+        count = f"{len(images)} image{'s' if len(images) > 1 else ''}"
+        try:
+            with restored(self.model), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the model warns of, its user has seen
+                output: Tensor = self.model(images)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise TraceError(f"{type(self.model).__name__} itself fails on {count}: {error}") from error
+        if output.ndim != 2 or len(output) != len(images):
+            name, shape = type(self.model).__name__, tuple(output.shape)
+            raise TraceError(f"{name} gives logits of shape {shape} for {count}, expected N x classes")
+        return output
 
 
 def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:

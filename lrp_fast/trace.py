@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -47,6 +49,9 @@ SUPPORTED = (
     "adaptive pooling, mean over space, flatten / view / reshape / squeeze, zero padding, slicing, dropout and "
     "identity in eval mode, and the addition of two branches"
 )
+
+_TRACING = threading.RLock()
+"""torch.fx changes ``nn.Module`` itself while it traces, and two traces would not change it back."""
 
 
 @dataclass(eq=False)
@@ -87,7 +92,9 @@ class _Tracer(torch.fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.module_outputs: dict[str, list[torch.fx.Node]] = {}
+        self.returned: dict[torch.fx.Node, list[tuple[str, torch.fx.Node]]] = {}
+        """Modules' paths and what they returned, by the latest node there was: what follows may change it in place."""
+        self._thread = threading.get_ident()
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Proxy(node, self)
@@ -96,7 +103,14 @@ class _Tracer(torch.fx.Tracer):
         replaced = "forward" in vars(m)  # on the instance: not what its class says
         return not replaced and (_module_handler(m) is not None or super().is_leaf_module(m, module_qualified_name))
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, torch.fx.Proxy]) -> Any:
+        if threading.get_ident() != self._thread:  # while it traces, torch.fx has all modules of the process ask
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         try:
             output = super().call_module(m, m.forward, args, kwargs)
@@ -105,7 +119,7 @@ class _Tracer(torch.fx.Tracer):
         except Exception as error:  # whatever the user's forward raises when its input is a proxy
             raise _untraceable(f"{path} ({type(m).__name__})", error) from error
         if isinstance(output, torch.fx.Proxy):
-            self.module_outputs.setdefault(path, []).append(output.node)
+            self.returned.setdefault(next(iter(reversed(self.graph.nodes))), []).append((path, output.node))
         return output
 
 
@@ -147,14 +161,14 @@ def trace(model: nn.Module) -> Plan:
         )
     _check_questions(model)
     tracer = _Tracer()
-    with restored(model):
+    with _TRACING, restored(model):
         try:
             graph = tracer.trace(model, _constant_arguments(model))
         except TraceError:
             raise
         except Exception as error:  # whatever the user's forward raises when its input is a proxy
             raise _untraceable(type(model).__name__, error) from error
-    return _Builder(model, tracer.module_outputs).build(graph)
+    return _Builder(model, tracer.returned).build(graph)
 
 
 @contextmanager
@@ -188,9 +202,7 @@ def _check_questions(model: nn.Module) -> None:
     """Refuse code that asks ``isinstance(x, Tensor)``: a proxy is none, so a trace could go another way."""
     for path, module in model.named_modules():
         classes = [kind for kind in type(module).__mro__ if kind.__module__.split(".")[0] not in ("torch", "builtins")]
-        functions = [f for kind in classes for name, f in vars(kind).items() if not name.startswith("__")]
-        for function in filter(inspect.isfunction, functions):
-            names = set(inspect.unwrap(function).__code__.co_names)
+        for function, names in _reached(classes):
             if "is_tensor" in names or {"isinstance", "Tensor"} <= names:
                 raise TraceError(
                     f"{path or 'the model'} ({type(module).__name__}) asks whether something is a tensor, which "
@@ -198,11 +210,31 @@ def _check_questions(model: nn.Module) -> None:
                 )
 
 
+def _reached(classes: Sequence[type]) -> Iterator[tuple[FunctionType, set[str]]]:
+    """The methods of these classes that ``forward`` may call, by name, and the names that each reads."""
+    waiting, seen = {"forward"}, set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        for value in (vars(kind).get(name) for kind in classes):
+            function = getattr(value, "__func__", getattr(value, "fget", value))
+            if inspect.isfunction(function):
+                names = _names_in(inspect.unwrap(function).__code__)
+                yield function, names
+                waiting |= names - seen
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """What a function's code reads by name, with the functions and comprehensions inside it."""
+    return set(code.co_names).union(*(_names_in(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
 def _constant_arguments(model: nn.Module) -> dict[str, Any]:
     parameters = list(inspect.signature(model.forward).parameters.values())
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [p.name for p in plain if p.default is p.empty]
-    if len(needed) != 1 or plain[0].name != needed[0] or len(plain) < len(parameters):
+    given = [p.name for p in plain[:1] if p.kind is not p.KEYWORD_ONLY]
+    if needed != given or len(given) != 1 or len(plain) < len(parameters):
         raise TraceError(
             f"{type(model).__name__}.forward{inspect.signature(model.forward)}: expected one tensor and, after it, "
             "only arguments with defaults"
@@ -213,14 +245,14 @@ def _constant_arguments(model: nn.Module) -> dict[str, Any]:
 class _Builder:
     """Reads an fx graph into steps."""
 
-    def __init__(self, model: nn.Module, module_outputs: Mapping[str, list[torch.fx.Node]]) -> None:
+    def __init__(self, model: nn.Module, returned: Mapping[torch.fx.Node, list[tuple[str, torch.fx.Node]]]) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.module_outputs = module_outputs
+        self.returned = returned
         self.registered = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.registered |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
         self.values: dict[torch.fx.Node, Any] = {}
-        self.originals: dict[torch.fx.Node, int] = {}
+        self.layers: dict[str, list[int]] = {}
         self.steps: list[Step] = []
         self.tensors: list[_Tensor] = []
         self.node: torch.fx.Node | None = None
@@ -230,18 +262,17 @@ class _Builder:
             self.node = node
             if node.op == "output":
                 break
-            self.values[node] = value = self._value(node)
-            if isinstance(value, _Tensor):
-                self.originals[node] = value.step
+            self.values[node] = self._value(node)
+            for path, result in self.returned.get(node, ()):
+                if isinstance(value := self.values[result], _Tensor):
+                    self.layers.setdefault(path, []).append(value.step)
         return _finish(self.steps, self._output(node.args[0]), self._names())
 
     def _names(self) -> dict[str, int]:
         names = {step.name: index for index, step in enumerate(self.steps)}
-        for path, nodes in self.module_outputs.items():
-            steps = [self.originals[node] for node in nodes if node in self.originals]
-            if steps:
-                names[path] = steps[-1]
-                names.update({f"{path}:{call}": step for call, step in enumerate(steps)})
+        for path, steps in self.layers.items():
+            names[path] = steps[-1]
+            names.update({f"{path}:{call}": step for call, step in enumerate(steps)})
         return names
 
     def _value(self, node: torch.fx.Node) -> Any:

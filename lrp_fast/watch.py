@@ -5,6 +5,7 @@ Asked before every explanation, so through the tables of modules, which take a t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -12,12 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrp_fast.plan import Plan
 
 _CONSTANTS = (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, MethodType)
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
 """What torch keeps in every module: tensors, children and hooks, which are looked at by themselves."""
+_steps = WeakTensorKeyDictionary()
+"""How many steps of optimizers that torch does not count as writes a tensor has taken."""
 
 
 class Watch:
@@ -27,8 +32,11 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
+        _count_steps()
         self._modules = [_Module.of(module) for module in model.modules()]
-        self._places = _places(model, plan)
+        tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+        self._absent = [(table, name) for table in tables for name, value in table.items() if value is None]
+        self._places = _places(model, plan) + _counters(model, plan)
 
     def changed(self) -> bool:
         """Whether a trace might find something else than it did."""
@@ -45,7 +53,8 @@ class Watch:
                     return True
         except (KeyError, RuntimeError, ValueError):  # a setting is gone, or an array now, which is not compared as a whole
             return True
-        return any(table.get(name) is None for _, table, name in self._places)
+        come = any(table.get(name) is not None for table, name in self._absent)
+        return come or any(table.get(name) is None for _, table, name in self._places)
 
     def state(self) -> list[tuple[int, int, torch.Size]]:
         """Where each tensor lies, how often it was written to, which inference tensors do not count, and its shape.
@@ -53,7 +62,8 @@ class Watch:
         As long as :func:`parameter_table` is held, so that no others can be where they were, equal for equal values.
         """
         tensors = [table[name] for _, table, name in self._places]
-        return [(x.data_ptr(), 0 if x.is_inference() else x._version, x.shape) for x in tensors]
+        steps = _steps if len(_steps) else {}
+        return [(x.data_ptr(), 0 if x.is_inference() else x._version + steps.get(x, 0), x.shape) for x in tensors]
 
 
 def parameter_table(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -109,3 +119,24 @@ def _places(model: nn.Module, plan: Plan) -> list[tuple[str, dict[str, Any], str
             table = module._parameters if module._parameters.get(name) is not None else module._buffers
             places.append((f"{path}.{name}" if path else name, table, name))
     return places
+
+
+def _counters(model: nn.Module, plan: Plan) -> list[tuple[str, dict[str, Any], str]]:
+    """How many batches each norm has seen: torch counts no write where a norm in training updates its statistics."""
+    name = "num_batches_tracked"
+    modules = [(path, model.get_submodule(path)) for path in plan.parameters]
+    return [(f"{path}.{name}", one._buffers, name) for path, one in modules if one._buffers.get(name) is not None]
+
+
+@functools.cache
+def _count_steps() -> None:
+    """Count the steps of all optimizers of the process whose writes torch does not: its fused ones, and others' kernels."""
+
+    def count(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        known = type(optimizer).__module__.startswith("torch.optim.")
+        for group in optimizer.param_groups:
+            if not known or group.get("fused"):
+                for parameter in group["params"]:
+                    _steps[parameter] = _steps.get(parameter, 0) + 1
+
+    register_optimizer_step_post_hook(count)

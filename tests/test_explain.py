@@ -295,6 +295,79 @@ def test_what_comes_after_a_refresh_is_placed_anew(images: Tensor) -> None:
     assert explainer.dtype == torch.float64
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_squeeze_of_a_batch_is_explained(images: Tensor, backend: str) -> None:
+    """Which of one image alone takes the batch away too."""
+    model = calibrated(Squeezes(), 5, (8, 3, SIDE, SIDE))
+    got = LRP(model, backend=backend).explain(images)
+    plain = nn.Sequential(model.conv, nn.ReLU(), model.pool, nn.Flatten(), model.linear).eval()
+    expected = LRP(plain, backend=backend)
+    assert relative_error(got.relevance, expected.explain(images).relevance) <= 1e-6
+    with pytest.raises(ValueError, match=r"squeeze from \(1, 8, 1, 1\) to \(8,\) does not keep the batch"):
+        LRP(model, backend=backend).explain(images[:1])
+
+
+class Squeezes(nn.Module):
+    """As older residual networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.linear = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.pool(self.conv(x).relu()).squeeze())
+
+
+class Batches(nn.Module):
+    """Takes batches of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).relu().mean((2, 3)).view(3, 8))
+
+
+def test_what_the_model_raises_itself_is_said(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Batches itself fails on 2 images: shape '\[3, 8\]' is invalid"):
+        LRP(Batches().eval()).explain(images[:3])
+
+
+class Rows(nn.Module):
+    """Gives the logits of one image, but not while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x.mean((2, 3)))
+        return y[0] if type(y) is Tensor else y
+
+
+def test_logits_of_another_shape_are_said(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Rows gives logits of shape \(4,\) for 2 images, expected N x classes"):
+        LRP(Rows().eval()).explain(images)
+
+
+def test_memory_that_is_used_up_in_the_check_stays_what_it_is(images: Tensor) -> None:
+    model = calibrated(CifarResNet(1), 5, (8, 3, SIDE, SIDE))
+    explainer = LRP(model)
+    full = torch.OutOfMemoryError("used up")
+    with mock.patch.object(CifarResNet, "forward", side_effect=full), pytest.raises(torch.OutOfMemoryError):
+        explainer.explain(images)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_first_operation_in_place_leaves_the_images(backend: str) -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 4)).eval()
+    features = torch.randn(3, 6)
+    before = features.clone()
+    LRP(model, "epsilon", backend=backend).explain(features)
+    assert torch.equal(features, before)
+
+
 class Asks(nn.Module):
     """Its forward is another one while it is traced."""
 
@@ -855,6 +928,12 @@ class TestErrors:
             LRP(model, dtype=torch.float16)
         with pytest.raises(ValueError, match=r"the reference computes in float64, got dtype=torch\.bfloat16"):
             LRP(model, backend="reference", dtype=torch.bfloat16)
+        half = copy.deepcopy(model).half()
+        assert LRP(half, backend="reference").explain(torch.randn(2, 3, SIDE, SIDE).half()).heatmap.dtype == torch.float64
+        with pytest.raises(ValueError, match=r"relevance cannot be computed in torch\.float16"):
+            LRP(half)
+        with pytest.raises(TypeError, match=r"expected a shape N x C x H x W, got 224"):
+            LRP(model).describe(224)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="compile=True is for the torch and triton backends, got backend 'reference'"):
             LRP(model, backend="reference", compile=True)
 
@@ -885,6 +964,12 @@ class TestErrors:
             LRP(model).explain(images.numpy())  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="meta.*cpu"):
             LRP(model).explain(images.to("meta"))
+        with pytest.raises(ValueError, match="meta device, which holds no values"):
+            LRP(copy.deepcopy(model).to("meta")).explain(images.to("meta"))
+        with pytest.raises(TypeError, match=r"expected dense inputs.*sparse_coo"):
+            LRP(model).explain(images.to_sparse())
+        with pytest.raises(TypeError, match=r"float8_e5m2"):
+            LRP(model).explain(images.to(torch.float8_e5m2))
 
     @pytest.mark.parametrize("target", [10, -1, [0, 1, 2, 99]])
     def test_target_out_of_range(self, model: nn.Module, images: Tensor, target: int | list[int]) -> None:

@@ -596,6 +596,14 @@ def test_network_with_one_rule_everywhere(rule: Rule, batch_norm: Literal["fold"
         assert network_error(model, x, composite, torch.float64) <= 1e-8
 
 
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_network_of_any_dimension_in_bfloat16(dimensions: int) -> None:
+    model, x = residual(dimensions)
+    plain = LRP(model, "conserving", dtype=torch.float32).explain(x).heatmap
+    got = LRP(model, "conserving", dtype=torch.bfloat16).explain(x).heatmap
+    assert relative_error(got, plain) <= 0.1
+
+
 @pytest.mark.parametrize("name", list_composites())
 def test_network_under_each_composite(name: str) -> None:
     composite = Composite.named(name)

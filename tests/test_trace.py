@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -933,6 +935,109 @@ def test_questions_that_tracing_cannot_answer() -> None:
     for kind in (Asking, AskingOtherwise):
         with pytest.raises(TraceError, match=rf"1 \({kind.__name__}\) asks whether something is a tensor"):
             trace(nn.Sequential(nn.Conv2d(3, 4, 1), kind(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval())
+
+
+def test_questions_that_a_forward_never_asks() -> None:
+    """As wrappers for training have in methods of their own."""
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores(x)
+
+        def scores(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def transfer(self, batch: object) -> object:
+            return batch.cuda() if isinstance(batch, torch.Tensor) else batch
+
+    class Deeper(Wrapper):
+        def scores(self, x: Tensor) -> Tensor:
+            return super().scores(x)
+
+        def predict(self, batch: object) -> object:
+            return batch if torch.is_tensor(batch) else None
+
+    assert [step.operation for step in trace(Wrapper().eval()).steps] == [s.operation for s in trace(Deeper().eval()).steps]
+
+
+def test_a_forward_with_keywords_alone_is_refused() -> None:
+    class Keywords(nn.Module):
+        def forward(self, *, x: Tensor) -> Tensor:
+            return x.mean((2, 3))
+
+    with pytest.raises(TraceError, match=r"Keywords\.forward\(.*expected one tensor"):
+        trace(Keywords().eval())
+
+
+@pytest.mark.parametrize("adds", ["in place", "assigned", "anew"])
+def test_a_layer_is_what_its_module_returned(adds: str) -> None:
+    """Not what was under its name before it was changed in place."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            if adds == "in place":
+                y.add_(x)
+                F.relu_(y)
+            elif adds == "assigned":
+                y += x
+                y = F.relu(y)
+            else:
+                y = (x + y).relu()
+            return y
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    plan = trace(model)
+    for name in ("2", "3"):
+        assert plan.steps[plan.find(name)].operation == "relu" or isinstance(plan.steps[plan.find(name)].layer, Merge)
+        assert plan.find(name) > plan.find(f"{name}.norm") == plan.find(f"{name}.conv")
+    images = torch.randn(2, 3, 9, 9)
+    layers = LRP(model, "conserving").explain(images, layers=("2", "3")).layers
+    start = LRP(model, "conserving").explain(images).start
+    assert all(torch.allclose(value.flatten(1).sum(1), start, rtol=1e-4) for value in layers.values())
+
+
+def test_threads_trace_beside_each_other_and_beside_what_runs() -> None:
+    """torch.fx changes how every module of the process is called while it traces."""
+    models = [CifarResNet(2).eval() for _ in range(3)]
+    expected = [[step.name for step in trace(model).steps] for model in models]
+    bystander, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(1, 4)
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def again(work: Callable[[], object]) -> None:
+        try:
+            while not done.is_set():
+                work()
+        except BaseException as error:
+            errors.append(error)
+
+    def traced(model: nn.Module, names: list[str]) -> None:
+        assert [step.name for step in trace(model).steps] == names
+
+    works = [functools.partial(traced, model, names) for model, names in zip(models, expected, strict=True)]
+    threads = [threading.Thread(target=again, args=(work,)) for work in (*works, lambda: bystander(x))]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        done.wait(1.0)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert bystander(x).shape == (1, 2)
 
 
 def test_modules_that_are_not_registered() -> None:

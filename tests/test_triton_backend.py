@@ -627,6 +627,9 @@ def test_choices_are_kept_on_disk(tmp_path: pathlib.Path) -> None:
     choices.keep(task(), Choice("fused", Blocks(64, 64, 32, 4, 3)))
     choices.keep(task(batch=8), Choice("library"))
     assert Choices.read(path).measured == choices.measured
+    beside = Choices(path)  # another process, which had read the file before
+    beside.keep(task(batch=4), Choice("library"))
+    assert Choices.read(path).measured == choices.measured | beside.measured
     assert Choices.read(path).of(task()) == Choice("fused", Blocks(64, 64, 32, 4, 3))
     assert [entry.name for entry in path.parent.iterdir()] == ["choices.json"]
 

@@ -23,6 +23,7 @@ class Net(nn.Module):
         self.linear = nn.Linear(4, 5)
         self.activation, self.sizes, self.calls = functional.relu, [1, 2], 0
         self.options: dict[str, int] = {}
+        self.norm.register_buffer("extra", None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = x
@@ -36,6 +37,35 @@ def _drop_a_setting(model: Any) -> None:
 
 def _swap_the_class(model: Any) -> None:
     model.body.__class__ = type("Other", (nn.Sequential,), {})
+
+
+def _a_step(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[Any], object]:
+    """A step of an optimizer that is gone afterwards."""
+
+    def step(model: Any) -> None:
+        model.requires_grad_(True)
+        optimizer = make(model.parameters(), **options)
+        with torch.enable_grad():
+            model(torch.randn(2, 3, 5, 5)).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def _see_other_data(model: Any) -> None:
+    model.train()
+    model(torch.randn(2, 3, 5, 5) * 2 + 1)
+    model.eval()
+
+
+class Foreign(torch.optim.Optimizer):
+    """One of those whose own kernels write weights, of which nothing is counted."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.mul_(0.5)
 
 
 def _replace_a_forward(model: Any) -> None:
@@ -58,6 +88,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "hook": lambda model: model.body.register_forward_hook(lambda *_: None),
     "hook before": lambda model: model.register_forward_pre_hook(lambda *_: None),
     "parameter gone": lambda model: setattr(model.body[1], "bias", None),
+    "parameter come": lambda model: setattr(model.conv, "bias", nn.Parameter(torch.ones(4))),
+    "buffer come": lambda model: setattr(model.norm, "extra", torch.ones(4)),
     "parametrised": lambda model: nn.utils.parametrizations.weight_norm(model.conv),
 }
 
@@ -99,6 +131,11 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "there and back": lambda model: model.half().float(),
     "fewer channels": lambda model: setattr(model.linear.weight, "data", model.linear.weight.data[:3]),
     "state": lambda model: model.load_state_dict(Net().state_dict()),
+    "statistics": _see_other_data,
+    "step": _a_step(torch.optim.SGD, lr=0.1),
+    "fused step": _a_step(torch.optim.SGD, lr=0.1, fused=True),
+    "fused step of Adam": _a_step(torch.optim.AdamW, lr=0.1, fused=True),
+    "foreign step": _a_step(Foreign, defaults={}),
 }
 
 
@@ -113,6 +150,14 @@ def test_other_weights_are_seen(name: str) -> None:
     assert not watch.changed()
     assert watch.state() != state
     assert list(held) == list(parameter_table(model, plan))
+
+
+def test_a_step_of_other_weights_is_let_pass() -> None:
+    model, other = Net().eval(), Net()
+    watch = Watch(model, trace(model))
+    state = watch.state()
+    _a_step(torch.optim.AdamW, lr=0.1, fused=True)(other)
+    assert watch.state() == state
 
 
 def test_inference_tensors_are_looked_at_without_a_count() -> None:

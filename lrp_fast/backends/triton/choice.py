@@ -104,7 +104,9 @@ class Choices:
         return self.measured.get(task.key) or Choice(default)
 
     def keep(self, task: Task, choice: Choice) -> None:
-        """Remember a measured choice, on disk too."""
+        """Remember a measured choice, on disk too, beside what other processes have put there meanwhile."""
+        if self.path is not None:
+            self.measured = Choices.read(self.path).measured | self.measured
         self.measured[task.key] = choice
         if self.path is None:
             return
