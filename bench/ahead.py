@@ -29,6 +29,7 @@ from contenders import network
 from heartbeat import beat
 from kernel_bench import BATCH, DTYPES, plan
 from lrp_fast.memory import out_of_memory_suppressed
+from lrp_fast.scopes import float32_precision
 from network_bench import explainer_of, run_of
 from settings import COMPILED, HEADLINE, TUNED, Setting, images
 
@@ -110,7 +111,8 @@ def compile_column(setting: Setting, column: str) -> None:
     torch.cuda.set_per_process_memory_fraction(LARGEST_MEMORY if (setting, column) == LARGEST else COLUMNS_MEMORY)
     device = torch.device("cuda")
     model, x = network(setting.network, device), images(device, setting.precision, setting.batch, 224)
-    run_of(column, setting, model, x)()
+    with float32_precision(setting.precision == "tf32"):  # as it will be timed: torch's cache asks for the settings
+        run_of(column, setting, model, x)()
 
 
 def compile_kernels(index: int, count: int) -> None:

@@ -3,7 +3,7 @@
     python3 bench/gpu_check.py [--minutes 8] [--full] [--resume] [--dry-run] [--output FOLDER] [--no-tests] …
 
 Runs from a raw checkout and needs torch, triton, torchvision and pytest; zennit and captum are compared with where they
-can be imported. Writes at most seven files to ``--output``, ``$OUT`` or ``bench/results``, again after every measurement, so
+can be imported. Writes at most eight files to ``--output``, ``$OUT`` or ``bench/results``, again after every measurement, so
 that an interrupted run loses nothing. Exit code 0: all parity checks and GPU tests passed; 1: one did not; 2: there is no
 CUDA device; 130: interrupted. Missed targets and whatever time did not suffice for are entries, not failures.
 
@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import pathlib
@@ -127,7 +128,8 @@ def check(options: argparse.Namespace, device: Any) -> int:
         }
     )
     try:
-        _stages(options, device, results, budget)
+        with logged(results.log_path("errors")):
+            _stages(options, device, results, budget)
     except KeyboardInterrupt:
         results.write()
         print(f"interrupted; what was measured is in {results.table_path}", file=sys.stderr)
@@ -184,6 +186,19 @@ def _stages(options: argparse.Namespace, device: Any, results: Any, budget: Any)
 
 
 @contextlib.contextmanager
+def logged(path: pathlib.Path) -> Iterator[None]:
+    """Errors that become entries are whole in a file, if there are any: of compilers the first line says little."""
+    logger, handler = logging.getLogger("gpu_check"), logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
 def stage(name: str, results: Any, device: Any, budget: Any) -> Iterator[None]:
     """An error within is a failure of the check, and the next stage goes on; a lost device ends it all."""
     from kernel_bench import describe
@@ -196,7 +211,6 @@ def stage(name: str, results: Any, device: Any, budget: Any) -> Iterator[None]:
     except DeviceLostError:
         raise
     except Exception as error:
-        traceback.print_exc()
         results.run["stages"][name] = describe(error)
         device.check()
     results.write()

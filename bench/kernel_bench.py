@@ -5,6 +5,7 @@ The floor of a kernel is ``max(bytes / copy bandwidth, FLOPs / matrix-product ra
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from lrp_fast.scopes import float32_precision
 from predict import H100, predicted
 from report import ENDED, Cell, Results
 from timing import Budget, Device, OutOfTimeError, time_limit
+
+logger = logging.getLogger("gpu_check")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 BOUNDS = {"bfloat16": 2e-2, "float32": 2e-5, "tf32": 5e-3}
@@ -154,9 +157,17 @@ def _prepared(row: Row, device: Device) -> Prepared:
 
 
 def describe(error: Exception) -> str:
-    """An error on one line."""
-    lines = str(error).strip().splitlines()
-    return f"error: {type(error).__name__}: {lines[0][:200] if lines else ''}"
+    """An error on one line; all of it, with what led to it, is logged."""
+    logger.error("%s", type(error).__name__, exc_info=error)
+    behind = error.__cause__ or error.__context__
+    return f"error: {_in_short(error)}" + (f" (behind {_in_short(behind)})" if behind else "")
+
+
+def _in_short(error: BaseException) -> str:
+    """Its first line and its last, where compilers say what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ends = dict.fromkeys([*lines[:1], *lines[-1:]])
+    return ": ".join([type(error).__name__, " … ".join(line[:200] for line in ends)])
 
 
 def _parity(prepared: Prepared, row: Row) -> Cell:

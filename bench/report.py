@@ -53,7 +53,7 @@ class Results:
         return self.folder / f"{self.device}-{self.versions}.md"
 
     def log_path(self, what: str) -> pathlib.Path:
-        """What the GPU ``"tests"`` print, or those that compile ``"ahead"``."""
+        """What the GPU ``"tests"`` print, or those that compile ``"ahead"``, or whole ``"errors"``."""
         return self.folder / f"{self.device}-{what}-{self.versions}.log"
 
     @property

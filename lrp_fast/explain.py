@@ -737,7 +737,9 @@ class _Recording:
         # cuBLAS's workspace belongs to the stream, and goes when one of its graphs does; a graph's own is taken while it records.
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+            # The outer block is for where ending the recording fails: torch's then leaves its stream in place.
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
                 result = work()
         finally:
             torch._C._cuda_clearCublasWorkspaces()

@@ -31,6 +31,7 @@ import network_bench
 import report
 import timing
 from lrp_fast import LRP
+from lrp_fast.scopes import float32_precision
 from report import Results, markdown, targets
 from settings import COMPILED, HEADLINE, SECOND, SINGLE, TUNED, Setting, columns_of, settings
 from timing import Budget, Cuda, DeviceLostError, Host, OutOfTimeError, time_limit
@@ -259,9 +260,29 @@ def test_an_error_ends_its_stage_alone(tmp_path: pathlib.Path, monkeypatch: pyte
         assert dry_run(tmp_path) == 1
     assert file(tmp_path, "float32")["cells"]["cifar/otsuki2024/1"]["triton"]["seconds"] > 0
     assert file(tmp_path, "kernels")["stages"]["kernels"] == "error: RuntimeError: no rows"
+    (errors,) = tmp_path.glob("*-errors-*.log")
+    assert "Traceback" in errors.read_text()
+    assert errors.read_text().endswith("RuntimeError: no rows\n")
     assert "kernels: error: RuntimeError: no rows" in table_of(tmp_path)
     assert dry_run(tmp_path, "--resume", "--no-tests") == 0
     assert file(tmp_path, "kernels")["stages"] == {}
+
+
+def test_an_error_is_told_in_short_and_kept_whole(caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        try:
+            raise ValueError("at 31:12:\n    x = tl.dot(a, b)\n        ^\nshapes differ\n")
+        except ValueError as error:
+            raise RuntimeError("previous error during capture") from error
+    except RuntimeError as error:
+        told = kernel_bench.describe(error)
+        alone = kernel_bench.describe(error.__cause__)  # type: ignore[arg-type]
+    behind = "ValueError: at 31:12: … shapes differ"
+    assert told == f"error: RuntimeError: previous error during capture (behind {behind})"
+    assert alone == f"error: {behind}"
+    assert "x = tl.dot(a, b)" in caplog.text
+    assert "Traceback" in caplog.text
+    assert kernel_bench.describe(AssertionError()) == "error: AssertionError: "
 
 
 def test_what_is_tuned_when_time_is_short_comes_first() -> None:
@@ -620,6 +641,23 @@ def test_every_specialization_is_compiled_by_one_process() -> None:
     assert sorted(text for _, text in compiled) == sorted(str(launch) for launch in launches)
     first, second = ({index for index, text in compiled if f", {rows}, 64" in text} for rows in (16, 32))
     assert first == second
+
+
+def test_columns_are_compiled_ahead_under_the_settings_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch's cache asks for; what was compiled under others would not be found."""
+
+    def asked() -> tuple[str, str]:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+    found = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", mock.Mock())
+    for name in ("network", "images"):
+        monkeypatch.setattr(ahead, name, mock.Mock())
+    monkeypatch.setattr(ahead, "run_of", mock.Mock(return_value=lambda: found.append(asked())))
+    for setting, column in ahead.COLUMNS:
+        ahead.compile_column(setting, column)
+        with float32_precision(setting.precision == "tf32"):
+            assert found.pop() == asked()
 
 
 def test_the_largest_column_may_take_more_memory_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
