@@ -234,7 +234,7 @@ def _constant_arguments(model: nn.Module) -> dict[str, Any]:
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     needed = [p.name for p in plain if p.default is p.empty]
     given = [p.name for p in plain[:1] if p.kind is not p.KEYWORD_ONLY]
-    if needed != given or len(given) != 1 or len(plain) < len(parameters):
+    if not given or needed != given or len(plain) < len(parameters):
         raise TraceError(
             f"{type(model).__name__}.forward{inspect.signature(model.forward)}: expected one tensor and, after it, "
             "only arguments with defaults"

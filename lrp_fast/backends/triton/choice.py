@@ -105,11 +105,10 @@ class Choices:
 
     def keep(self, task: Task, choice: Choice) -> None:
         """Remember a measured choice, on disk too, beside what other processes have put there meanwhile."""
-        if self.path is not None:
-            self.measured = Choices.read(self.path).measured | self.measured
         self.measured[task.key] = choice
         if self.path is None:
             return
+        self.measured = Choices.read(self.path).measured | self.measured
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entries = {key: asdict(value) for key, value in sorted(self.measured.items())}
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
