@@ -6,6 +6,7 @@ pictures of the sample are held in memory as bytes: 150 kB each at 224 pixels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -325,10 +326,10 @@ class Evaluation:
 
         ``methods``: name → method; ``random`` and ``random-two-level`` are added where absent. A method that raises is
         a failure and the others go on; it is tried again by the next run. Ctrl-C ends the run early, with all finished
-        methods kept. ``on_method`` hears every method's name as its turn comes, ``on_batch`` how many more pictures it
-        has done, ``on_failure`` of those that fail. Raises ``SettingsError`` if the folder was begun with other
-        settings, :class:`EvaluationError` if with another composite of the same name, ``ForeignFileError`` if it holds
-        something else, ``OSError`` if it cannot be written.
+        methods kept and reported, those of earlier runs too. ``on_method`` hears every method's name as its turn comes,
+        ``on_batch`` how many more pictures it has done, ``on_failure`` of those that fail. Raises ``SettingsError`` if the
+        folder was begun with other settings, :class:`EvaluationError` if with another composite of the same name,
+        ``ForeignFileError`` if it holds something else, ``OSError`` if it cannot be written.
         """
         wanted = with_controls(methods)
         record = self.settings()
@@ -348,9 +349,22 @@ class Evaluation:
                 entries.append(entry)
         except KeyboardInterrupt:
             interrupted = True
+            done = {entry.name for entry in entries}
+            entries += self._kept(files, {name: method for name, method in wanted.items() if name not in done})
         controls = [name for name, method in wanted.items() if isinstance(method, _CONTROLS)]
         rows = write_report(self._report(entries, controls, record, interrupted), output)
         return EvaluationOutcome(entries, rows, self.sample.skipped, interrupted)
+
+    def _kept(self, files: _Files, methods: Mapping[str, Method]) -> list[MethodScores]:
+        """What the folder holds of methods whose turn did not come; what cannot be read is said when it does."""
+        found = []
+        for name, method in methods.items():
+            with contextlib.suppress(EvaluationError):
+                if (scores := files.load(name, _about(method))) is not None:
+                    count = min(self.options.sanity, len(self.sample))
+                    curve = files.load_sanity(name, count, _about(method)) if count else None
+                    found.append(replace(scores, sanity=curve))
+        return found
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the numbers, beside the machine and the methods."""

@@ -29,6 +29,8 @@ FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
 
 MANIFEST = ".lrp-fast-files"
 """In a folder that results are written into: their names, a line each."""
+LISTING = ".lrp-fast-export"
+"""In an exported folder: all other files in it and below, a line each; in an evaluation's: its pictures."""
 SUFFIXES = frozenset({
     ".avif", ".bmp", ".gif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
     ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
@@ -278,23 +280,25 @@ def find_images(paths: Iterable[Path], exclude: Path | None = None) -> list[Path
 
 
 def _search(folder: Path, excluded: Path | None) -> list[Path]:
-    files = []
+    files, exported = [], set()
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() != excluded
         )
         ours = written_into(Path(parent))
-        files += [Path(parent) / name for name in names if _has_image_name(name) and name not in ours]
+        exported |= {Path(parent) / name for name in _lines(Path(parent) / LISTING)}
+        found = [Path(parent) / name for name in names if _has_image_name(name) and name not in ours]
+        files += [file for file in found if file not in exported]
     return sorted(files)
 
 
 def written_into(folder: Path) -> dict[str, str]:
     """The files that lrp_fast has written into a folder, as that says itself: each name, and what :func:`mark` was, if known."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return {}
-    lines = manifest.read_text(encoding="utf-8", errors="replace").splitlines()
-    return {name: known for name, _, known in (line.partition("\t") for line in lines)}
+    return {name: known for name, _, known in (line.partition("\t") for line in _lines(folder / MANIFEST))}
+
+
+def _lines(listing: Path) -> list[str]:
+    return listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.is_file() else []
 
 
 def manifest_line(name: str, known: str) -> str:

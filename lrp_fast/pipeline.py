@@ -258,8 +258,8 @@ class Pipeline:
         pin = self.explainer.device.type == "cuda"
         sampler: Any = list(pending)
         loader = DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin, **options)
+        heard: list[bool] = []
         try:
-            heard: list[bool] = []
             # Workers that are interrupted while they start look for what is gone by then.
             with interruptions_heard_by(lambda: heard.append(True)):
                 if workers:
@@ -270,6 +270,8 @@ class Pipeline:
             yield from decoded
         # What comes of a worker that was killed, in whatever it was doing.
         except (RuntimeError, OSError, EOFError) as error:
+            if heard:  # what interrupts this process has ended those that were starting
+                raise KeyboardInterrupt from error
             raise PipelineError(f"a decoding process ended: {(str(error).splitlines() or ['killed'])[0]}") from error
 
 

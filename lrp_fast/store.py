@@ -21,7 +21,7 @@ import shutil
 import uuid
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -350,17 +350,20 @@ class Store:
         return found
 
     def _stored(self, name: str, low: int, high: int) -> Array:
-        size = self.layout.shard_samples
+        size, again = self.layout.shard_samples, "the same command computes them again"
         try:
             array = self._group[name]
-            for shard in range(low // size, -(-high // size)):
-                if name == "heatmap" and is_lost(self.path, self._group, array, shard):
-                    raise StoreError(f"{self.path}: the maps {shard * size} to {(shard + 1) * size - 1} are gone")
+            shards = range(low // size, -(-high // size)) if name in self.layout.fields() else ()
+            for shard in shards:
+                if is_lost(self.path, self._group, array, shard):
+                    first, last = shard * size, min((shard + 1) * size, len(self)) - 1
+                    raise StoreError(f"{self.path}: {name!r} of the samples {first} to {last} are gone; {again}")
             return np.asarray(array[low:high])
         except (KeyError, ValueError, RuntimeError, OSError) as error:
-            raise StoreError(
-                f"{self.path}: {name!r} of the samples {low} to {high - 1} cannot be read: {error}"
-            ) from error
+            found = f"{self.path}: {name!r} of the samples {low} to {high - 1} cannot be read: {error}"
+            files = [] if isinstance(error, KeyError) else _unreadable(self.path, array, shards, size)
+            way_out = f"; once deleted, {again}: {', '.join(map(str, files))}" if files else ""
+            raise StoreError(found + way_out) from error
 
     def staged_rows(self, batch: int, names: Sequence[str]) -> Rows | None:
         """Fields of what is staged of a batch, or None: nothing, or a file that is damaged."""
@@ -562,7 +565,7 @@ class StoreWriter:
     def _recover(self) -> None:
         """Bring what a stopped run left of this part into order: forget half-written files, compact what is due.
 
-        A shard whose maps are gone is not complete: its batches are computed again.
+        A shard of which something is gone is not complete: its batches are computed again.
         """
         for file in self.path.rglob("*.partial"):
             if _shard_of(file.relative_to(self.path), self.layout) in self._shards:
@@ -571,10 +574,11 @@ class StoreWriter:
             if self.store.staged_rows(batch, tuple(self.layout.fields())) is None:
                 _staged_file(self.path, batch).unlink(missing_ok=True)
                 self.store.staged.discard(batch)
-        heatmap = self._group["heatmap"]
+        arrays = [self._group[name] for name in self.layout.fields()]
         for shard in self._shards:
-            if is_lost(self.path, self._group, heatmap, shard):
-                chunk_file(self.path, self._group["status"], shard).unlink()
+            lost = [array for array in arrays if is_lost(self.path, self._group, array, shard)]
+            for array in [self._group["status"], *lost] if lost else ():
+                chunk_file(self.path, array, shard).unlink(missing_ok=True)
         self.finish()
 
     def _compact(self, shard: int) -> None:
@@ -605,11 +609,22 @@ def chunk_file(path: Path, array: Any, shard: int) -> Path:
     return path / array.path / array.metadata.encode_chunk_key(place)
 
 
-def is_lost(path: Path, group: Any, heatmap: Any, shard: int) -> bool:
-    """Whether a shard that was complete has no maps any more; ``heatmap``: their array, which a reader has at hand."""
-    maps = chunk_file(path, heatmap, shard)
-    # Maps that are there answer at once. Of a shard just being compacted they come first, so they are looked for again.
-    return not _is_filled(maps) and chunk_file(path, group["status"], shard).exists() and not _is_filled(maps)
+def is_lost(path: Path, group: Any, array: Any, shard: int) -> bool:
+    """Whether of a shard that was complete an array's file is gone, which zarr would read as zeros."""
+    file = chunk_file(path, array, shard)
+    # What is there answers at once. Of a shard just being compacted the status comes last, so the file is looked for again.
+    return not _is_filled(file) and chunk_file(path, group["status"], shard).exists() and not _is_filled(file)
+
+
+def _unreadable(path: Path, array: Any, shards: Iterable[int], size: int) -> list[Path]:
+    """The files of these shards that hold what cannot be read."""
+    files = []
+    for shard in shards:
+        try:
+            _ = array[shard * size : (shard + 1) * size]
+        except (ValueError, RuntimeError, OSError):
+            files.append(chunk_file(path, array, shard))
+    return files
 
 
 def _is_filled(file: Path) -> bool:

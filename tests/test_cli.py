@@ -359,6 +359,7 @@ def test_foreign_files_are_kept(weights: Path, tmp_path: Path) -> None:
         (["--model", "resnet81"], "unknown model 'resnet81'"),
         (["--backend", "nonsense"], "unknown backend 'nonsense'"),
         (["--device", "nonsense"], "'nonsense' cannot be used"),
+        (["--device", "meta"], "'meta' cannot be used"),
     ],
 )
 def test_mistakes_in_the_command(weights: Path, tmp_path: Path, options: list[str], message: str) -> None:
@@ -653,6 +654,15 @@ def test_tables_come_from_the_registries() -> None:
     result = lrp_fast("models")
     assert result.exit_code == 0
     assert re.findall(r"^│ ([\w:]+) +│", result.stdout, re.MULTILINE) == list(list_models())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to write to")
+@pytest.mark.parametrize("command", ["composites", "models", "methods"])
+def test_a_list_that_cannot_be_written_is_one_line(command: str) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-m", "lrp_fast", command], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: [Errno 28] No space left on device\n"
 
 
 def test_version_and_help() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import pickle
 import tarfile
@@ -94,6 +95,24 @@ def test_class_names_in_a_manifest_are_numbered_in_sorted_order(tmp_path: Path) 
     source = open_source(table)
     assert source.classes == ("12", "ant", "wasp")
     assert listed(source) == [("1", 2), ("2", 1), ("3", 0), ("4", 2), ("5", -1)]
+
+
+def test_numbers_with_none_among_them_stay_numbers(tmp_path: Path) -> None:
+    """-1 is a store's own mark for no label; -2 is no label that there could be, so a name."""
+    table = put(tmp_path / "list.csv", b"label,path\n10,1\n2,2\n-1,3\n,4\n")
+    assert listed(open_source(table)) == [("1", 10), ("2", 2), ("3", -1), ("4", -1)]
+    table = put(tmp_path / "list.csv", b"label,path\n-1,1\nant,2\n-2,3\n")
+    assert listed(open_source(table)) == [("1", 0), ("2", 2), ("3", 1)]
+
+
+@pytest.mark.parametrize("gap", [None, math.nan])
+def test_whole_numbers_that_a_gap_made_floating_are_labels(tmp_path: Path, gap: float | None) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"path": ["a", "b", "c"], "label": [10.0, 2.0, gap]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "list.parquet")
+    source = open_source(tmp_path / "list.parquet")
+    assert listed(source) == [("a", 10), ("b", 2), ("c", -1)]
+    assert source.classes == ()
 
 
 def test_a_parquet_manifest_is_as_its_csv(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from lrp_fast.evaluation import (
     match_labels,
     with_controls,
 )
-from lrp_fast.images import decode_image
+from lrp_fast.images import decode_image, find_images
 from lrp_fast.methods import LRPMethod, Method, find_method
 from lrp_fast.metrics import (
     Interval,
@@ -158,6 +158,11 @@ def test_the_numbers_are_those_of_the_metrics(
     assert np.array_equal(scores.maps[1], heatmaps[-1].numpy())
 
 
+def test_pictures_of_a_report_are_not_taken_for_photographs(evaluated: _Evaluated) -> None:
+    assert len(list(evaluated.folder.rglob("*.png"))) > 3
+    assert find_images([evaluated.folder.parent]) == []
+
+
 def test_controls_are_in_every_table_and_marked(evaluated: _Evaluated) -> None:
     rows = evaluated.outcome.rows
     assert [row.name for row in rows] == [*METHODS, "random", "random-two-level"]
@@ -190,6 +195,25 @@ def test_a_stopped_run_goes_on_where_it_was(loaded: LoadedModel, source: Source,
     assert heard[:6] == ["first", 6, "second", 4, 2, "third"]
     assert len({row.intervals["rank_id"] for row in outcome.rows[:3]}) == 1  # kept or measured: the same method
     assert "was interrupted" not in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_stopped_run_reports_what_an_earlier_one_finished(
+    loaded: LoadedModel, source: Source, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(OPTIONS, metrics=("insertion-deletion",), protocols=("rank",), shown=1, sanity=2)
+    evaluation = Evaluation(loaded, source, options)
+    before = evaluation.into(tmp_path / "out", {"first": Counting(), "third": Counting()})
+    methods = {"first": Counting(), "second": Counting(1, KeyboardInterrupt()), "third": Counting()}
+    outcome = evaluation.into(tmp_path / "out", methods)
+    assert outcome.interrupted
+    assert [row.name for row in outcome.rows] == ["first", "third", "random", "random-two-level"]
+    assert outcome.rows == before.rows
+    assert [entry.sanity is not None for entry in outcome.entries if isinstance(entry, MethodScores)] == [True] * 4
+    assert (tmp_path / "out" / "sanity.png").exists()
+    (broken,) = (tmp_path / "out" / "results").glob("third-????????.npz")
+    broken.write_bytes(b"no")
+    outcome = evaluation.into(tmp_path / "out", {"second": Counting(1, KeyboardInterrupt()), "third": Counting()})
+    assert [row.name for row in outcome.rows] == ["random", "random-two-level"]
 
 
 def test_other_settings_are_refused_and_named(loaded: LoadedModel, source: Source, evaluated: _Evaluated) -> None:

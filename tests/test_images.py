@@ -254,6 +254,10 @@ def test_finding_pictures(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "sub" / ".lrp-fast-files").write_text("ours.png\nresults.csv\n")  # an earlier run's
+    for name in ("sub/maps/made.png", "sub/maps/cat/made.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "sub" / "maps" / ".lrp-fast-export").write_text("made.png\ncat/made.png\ngone.png\n")
     found = find_images([tmp_path], exclude=tmp_path / "results")
     assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "b.PNG", "sub/c.jpeg", "sub/deeper/d.webp"]
     named = [tmp_path / "notes.txt", tmp_path / "missing.png", tmp_path / "sub", tmp_path / "sub" / "c.jpeg"]

@@ -301,6 +301,24 @@ def test_decoding_processes_without_shared_memory_are_refused(
     assert run(loaded, pictures, tmp_path / "t", workers=2).done == COUNT
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_ends_the_decoding_processes_too_is_an_interruption(
+    loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As SLURM sends it to all processes of a step."""
+
+    def end_them_all() -> None:
+        os.kill(os.getpid(), number)
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr("lrp_fast.pipeline._start_fork_server", end_them_all)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        assert run(loaded, pictures, tmp_path / "s", workers=2).interrupted
+    finally:
+        signal.signal(number, before)
+
+
 def test_the_size_of_a_store_whose_files_go_meanwhile(
     loaded: LoadedModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from lrp_fast.store import (
     StoreError,
     StoreWriter,
     check_settings,
+    chunk_file,
     open_store,
 )
 
@@ -300,8 +301,9 @@ def test_a_byte_that_changed_is_noticed(tmp_path: Path) -> None:
     file.write_bytes(content)
     store = open_store(tmp_path / "s")
     assert np.isfinite(store.heatmap[:4]).all()
-    with pytest.raises(StoreError, match="'heatmap' of the samples 4 to 7 cannot be read: .*checksum"):
-        _ = store.heatmap[4:8]
+    with pytest.raises(StoreError, match="'heatmap' of the samples 2 to 10 cannot be read: .*checksum") as raised:
+        _ = store.heatmap[2:11]
+    assert str(raised.value).endswith(f"; once deleted, the same command computes them again: {file}")
     file.write_bytes(content[:40])
     with pytest.raises(StoreError, match="'heatmap' of the samples 4 to 7 cannot be read"):
         _ = open_store(tmp_path / "s").heatmap[4:8]
@@ -315,8 +317,24 @@ def test_maps_that_are_gone_are_no_zeros_and_computed_again(tmp_path: Path, empt
     file.write_bytes(b"") if empty else file.unlink()
     store = open_store(tmp_path / "s")
     assert np.array_equal(store.rows(("heatmap",), 8, 11)["heatmap"], expected["heatmap"][8:])
-    with pytest.raises(StoreError, match="the maps 4 to 7 are gone"):
+    with pytest.raises(StoreError, match="'heatmap' of the samples 4 to 7 are gone; the same command"):
         _ = store.heatmap[:]
+    with writer(tmp_path / "s") as opened:
+        assert opened.pending() == [2, 3]
+    assert_equal(write_all(tmp_path / "s", maps), expected)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("name", sorted(LAYOUT.fields().keys() - {"heatmap", "status"}))
+def test_whatever_else_is_gone_is_no_zeros_either(tmp_path: Path, name: str, empty: bool) -> None:
+    maps = random_maps(11)
+    expected = write_all(tmp_path / "s", maps)
+    array = zarr.open_group(tmp_path / "s", mode="r")[name]
+    file = chunk_file(tmp_path / "s", array, 1)
+    assert file.stat().st_size > 0
+    file.write_bytes(b"") if empty else file.unlink()
+    with pytest.raises(StoreError, match=f"'{name}' of the samples 4 to 7 are gone; the same command"):
+        open_store(tmp_path / "s").rows((name,), 0, 11)
     with writer(tmp_path / "s") as opened:
         assert opened.pending() == [2, 3]
     assert_equal(write_all(tmp_path / "s", maps), expected)

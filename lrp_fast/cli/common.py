@@ -227,7 +227,7 @@ def find_device(name: str, option: str = "--device") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which the meta device cannot answer
     except (RuntimeError, AssertionError) as error:  # AssertionError: this build of torch has no CUDA
         raise UsageError(f"{option}: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

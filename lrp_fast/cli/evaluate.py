@@ -136,6 +136,7 @@ def evaluate(
 
 
 @app.command("methods")
+@reporting()
 def show_methods() -> None:
     """List the methods that can be evaluated."""
     print_table("method", list_methods())

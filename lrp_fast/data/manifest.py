@@ -52,8 +52,15 @@ def _read_parquet(path: Path) -> Columns:
     except pyarrow.ArrowException as error:
         raise SourceError(f"{path} is not a readable Parquet table: {error}") from error
     found = table.to_pydict()
-    texts = {name: [None if value is None else str(value) for value in found[name]] for name in found}
+    texts = {name: [_text(value) for value in found[name]] for name in found}
     return {name: texts.get(name, [None] * table.num_rows) for name in COLUMNS}
+
+
+def _text(value: object) -> str | None:
+    """A cell as a CSV would hold it. Whole numbers with a gap among them are floating ones to pandas."""
+    if value is None or value != value:  # NaN
+        return None
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _check_columns(path: Path, names: list[str]) -> None:

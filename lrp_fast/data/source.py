@@ -167,7 +167,12 @@ def read_slice(file: Path, offset: int, size: int, what: str) -> bytes:
 
 
 def number_labels(texts: Sequence[str | None]) -> tuple[list[int], list[str]]:
-    """Labels as numbers, -1 for none, and the classes' names: sorted, or none where all labels are numbers already."""
+    """Labels as numbers, -1 for none, and the classes' names: sorted, or none where all labels are numbers already.
+
+    Among numbers "-1" is none too, as in a store.
+    """
+    if all(text == str(NO_LABEL) or text.isdecimal() for text in texts if text):
+        texts = [None if text == str(NO_LABEL) else text for text in texts]
     given = {text for text in texts if text}
     if all(text.isdecimal() and text.isascii() and len(text) < 19 for text in given):
         return [int(text) if text else NO_LABEL for text in texts], []

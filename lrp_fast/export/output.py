@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .selection import ExportError
+from lrp_fast.images import LISTING
 
-LISTING = ".lrp-fast-export"
-"""The file that names all others in an exported folder."""
+from .selection import ExportError
 
 
 @contextlib.contextmanager

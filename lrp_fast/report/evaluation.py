@@ -17,6 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from lrp_fast.heatmap import is_signed, overlay
+from lrp_fast.images import LISTING
 
 from .figures import conservation_figure, curves_figure, id_figure, sanity_figure
 from .folder import PAGE, encode_image, write_whole
@@ -87,6 +88,8 @@ def write_report(report: EvaluationReport, folder: Path) -> list[Row]:
         else:
             (folder / name).unlink(missing_ok=True)
     strips = _write_samples(report, folder / SAMPLES)
+    pictures = [*figures, *(f"{SAMPLES}/{file.name}" for file in sorted((folder / SAMPLES).iterdir()))]
+    write_whole(folder / LISTING, "".join(f"{name}\n" for name in pictures).encode("utf-8"))  # for whoever looks for others
     write_whole(folder / PAGE, _render(report, rows, tuple(figures), strips).encode("utf-8"))
     return rows
 
