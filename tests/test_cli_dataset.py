@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from lrp_fast.cli import app
@@ -174,7 +175,7 @@ def test_drawn_pictures_and_overridden_preprocessing(tmp_path: Path) -> None:
         (["--shard", "one"], "--shard: expected I/N"),
         (["--devices", "cpu,nonsense"], "--devices: 'nonsense' cannot be used"),
         (["--devices", "cpu,cpu", "--device", "cpu"], "not both"),
-        (["--devices", "cpu,meta"], "expected devices of one kind"),
+        (["--devices", "cpu,meta"], "--devices: 'meta' cannot be used"),
         (["--engine", "dask"], "unknown engine 'dask'; known: local, ray"),
         (["--engine", "ray", "--shard", "0/2"], "finds its devices by itself"),
         (["--address", "auto"], "goes with --engine ray"),
@@ -189,6 +190,13 @@ def test_mistakes_in_the_command(pictures: Path, tmp_path: Path, options: list[s
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+    assert not (tmp_path / "s").exists()
+
+
+def test_devices_of_two_kinds(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrp_fast.cli.dataset.find_device", lambda name, option: torch.device(name))
+    result = dataset(pictures, tmp_path / "s", "--devices", "cpu,0")
+    assert (result.exit_code, "expected devices of one kind" in result.stderr) == (2, True)
     assert not (tmp_path / "s").exists()
 
 
