@@ -8,25 +8,26 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrp_fast import reference
-from lrp_fast.audit import Audit, audit_rows, leak_of, whole_of
+from lrp_fast.attribution import Attribution, assembled, joined
+from lrp_fast.audit import Audit, audit_rows
 from lrp_fast.backends.passes import Passes
-from lrp_fast.backends.torch import LinearOperation, channels_last
-from lrp_fast.composites import STARTS, Assignment, Composite, as_composite
+from lrp_fast.backends.torch import LinearOperation
+from lrp_fast.composites import Assignment, Composite, as_composite
 from lrp_fast.engine import Program, bind_linears
 from lrp_fast.layers import Shape
 from lrp_fast.memory import is_out_of_memory, keep_freed_memory
 from lrp_fast.plan import TraceError, Unit
+from lrp_fast.runners import RecordedRunner, Runner, keep_latest
 from lrp_fast.scopes import current_device, float32_precision
 from lrp_fast.splits import Split, Splits
+from lrp_fast.starts import Start, StartArgument, Target, Targets
 from lrp_fast.trace import restored, trace
 from lrp_fast.watch import Watch, hooked, parameter_table
 
@@ -39,47 +40,8 @@ LOGITS_ERROR = {torch.float64: 0.05, torch.float32: 0.05, torch.bfloat16: 0.25, 
 PROGRAMS_KEPT = 4
 """How many input shapes (with their layers and number of maps) stay bound at once: on a CPU each has its own packed weights."""
 
-MAPS_KEPT = 2
-"""How many numbers of maps a recorded program keeps a backward pass for: each holds its results."""
-
 LARGEST_TENSOR = 32 * 2**20
 """Bytes of a tensor that glibc may keep for the next one (its largest threshold for mapping memory directly)."""
-
-Target = int | Sequence[int] | Sequence[Sequence[int]] | Tensor | None
-StartArgument = str | Callable[[Tensor], Tensor] | Tensor | None
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """What :meth:`LRP.explain` returns; ordinary tensors on the model's device, float32 (float64 where computed in float64).
-
-    N images; with K targets for each image everything but ``output`` begins with N×K instead of N. Where an image's values
-    overflow, its own map and leak hold NaN; other images are not affected.
-
-    - ``relevance``: N×C×H×W, shaped like the inputs, or None if it was not asked for
-    - ``heatmap``: N×H×W, the relevance summed over channels
-    - ``target``: N int64, the class that was explained; the predicted one where the start was given as a tensor or function
-    - ``output``: N × classes, the model's logits
-    - ``start``: N, the relevance put in
-    - ``leak``: N, the share of the start that did not arrive, ``(start − Σ relevance) / start``, signed; 0 where both are 0.
-      Taken before a probability or logit scales the map; for a given start the divisor is the sum of its magnitudes
-    - ``layers``: module name → relevance at that module's output, shaped like that output
-    - ``probability``: N float64, the softmax probability of ``target``
-    """
-
-    relevance: Tensor | None
-    heatmap: Tensor
-    target: Tensor
-    output: Tensor
-    start: Tensor
-    leak: Tensor
-    layers: Mapping[str, Tensor]
-
-    @property
-    def probability(self) -> Tensor:
-        """The softmax probability of the class that was explained, float64, shaped like ``target``."""
-        targets = self.target.reshape(self.output.shape[0], -1)
-        return self.output.double().softmax(1).gather(1, targets).reshape(self.target.shape)
 
 
 class LRP:
@@ -232,7 +194,8 @@ class LRP:
             parameters = self._refresh_if_changed()
             self._check_inputs(inputs, parameters)
             observed = self._observed(layers)
-            targets = _targets(target, inputs.shape[0])
+            targets = Targets.of(target, inputs.shape[0])
+            start = self.composite.start if start is None else start
             explain = self._explain_reference if self.backend == "reference" else self._explain_torch
             check_finite = _finite_check(inputs)
             try:
@@ -252,13 +215,14 @@ class LRP:
             parameters = self._refresh_if_changed()
             self._check_inputs(inputs, parameters)
             _finite_check(inputs)()
-            targets = _targets(target, inputs.shape[0])
+            targets = Targets.of(target, inputs.shape[0])
+            start = self.composite.start if start is None else start
             self.plan.shapes(tuple(inputs.shape), parameters)
             double = _double(parameters)
             with self._running():
                 values = reference.forward(self.plan, double, inputs.double())
                 self._check_output(inputs, values[self.plan.output])
-                begin = self._start(values[self.plan.output], targets, start)
+                begin = Start.of(values[self.plan.output], targets, start)
                 if not begin.single:
                     raise ValueError(f"an audit takes one target or start for each image, got {begin.maps}")
                 relevance = begin.relevance[0] * begin.scale[0, :, None]
@@ -344,7 +308,7 @@ class LRP:
         self._state: object = None  # of these parameters, once they are placed
         self._linears: dict[int, LinearOperation] | None = None
         self._checked = False
-        self._programs: dict[object, _Runner] = {}
+        self._programs: dict[object, Runner] = {}
         self._largest: dict[Shape, int] = {}  # elements of the largest tensor, for an image's shape
 
     def _settle(self) -> None:
@@ -397,7 +361,7 @@ class LRP:
             self._state = state
         return self._parameters
 
-    def _program(self, inputs: Tensor, observed: frozenset[int], heatmap: bool, maps: int = 1) -> _Runner:
+    def _program(self, inputs: Tensor, observed: frozenset[int], heatmap: bool, maps: int = 1) -> Runner:
         shape = tuple(inputs.shape)
         maps = maps if self.device.type == "cpu" else 1
         key = (shape, observed, heatmap, maps)
@@ -410,8 +374,8 @@ class LRP:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             serve = self._serve if self.backend == "triton" else None
             program = Program(self.plan, self._assignments, self._linears, shapes, like, observed, heatmap, serve, maps)
-            runner = _Recorded(program) if self.cuda_graph else _Runner(program, self.compile)
-        _keep(self._programs, key, runner, PROGRAMS_KEPT)
+            runner = RecordedRunner(program) if self.cuda_graph else Runner(program, self.compile)
+        keep_latest(self._programs, key, runner, PROGRAMS_KEPT)
         return runner
 
     def _serve(
@@ -437,16 +401,16 @@ class LRP:
             yield
 
     def _explain_torch(
-        self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
+        self, inputs: Tensor, targets: Targets, start: StartArgument, observed: dict[str, int], relevance: bool
     ) -> Attribution:
         whole = self.device.type != "cpu" or self.backend != "torch" or self.compile
-        if whole or not (start is None or isinstance(start, str)):  # a given start belongs to the whole batch
+        if whole or not isinstance(start, str):  # a given start belongs to the whole batch
             return self._explain_piece(inputs, targets, start, observed, relevance)
         count = self._piece(inputs, targets)
         pieces = zip(inputs.split(count), targets.split(count, len(inputs)), strict=True)
-        return _joined([self._explain_piece(*piece, start, observed, relevance) for piece in pieces])
+        return joined([self._explain_piece(*piece, start, observed, relevance) for piece in pieces])
 
-    def _piece(self, inputs: Tensor, targets: _Targets) -> int:
+    def _piece(self, inputs: Tensor, targets: Targets) -> int:
         """How many images a CPU explains at once: of a larger tensor glibc gives the memory back at once, every time.
 
         Pieces of a batch are as equal as can be.
@@ -460,62 +424,37 @@ class LRP:
         return -(-len(inputs) // pieces)
 
     def _explain_piece(
-        self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
+        self, inputs: Tensor, targets: Targets, start: StartArgument, observed: dict[str, int], relevance: bool
     ) -> Attribution:
         given = start.shape[1] if isinstance(start, Tensor) and start.ndim == 3 else targets.maps
         runner = self._program(inputs, frozenset(observed.values()), not relevance, given)
         output, tape = runner.forward(inputs)
         self._check_output(inputs, output)
-        begin = self._start(output, targets, start)
+        begin = Start.of(output, targets, start)
         r, at = runner.backward(tape, begin.relevance.flatten(0, 1))
         if self.backend == "triton" and not relevance and r.ndim == 4 and r.shape[1] > 1:
             r = _triton().channel_sum(r).unsqueeze(1)
         found = {name: at[index].unflatten(0, (begin.maps, -1)) for name, index in observed.items()}
-        return _assemble(r.unflatten(0, (begin.maps, -1)), found, output, begin, relevance)
+        return assembled(r.unflatten(0, (begin.maps, -1)), found, output, begin, relevance)
 
     def _explain_reference(
-        self, inputs: Tensor, targets: _Targets, start: StartArgument, observed: dict[str, int], relevance: bool
+        self, inputs: Tensor, targets: Targets, start: StartArgument, observed: dict[str, int], relevance: bool
     ) -> Attribution:
         self.plan.shapes(tuple(inputs.shape), self._parameters)
         double = _double(self._parameters)
         values = reference.forward(self.plan, double, inputs.double())
         output = values[self.plan.output]
         self._check_output(inputs, output)
-        begin = self._start(output, targets, start)
+        begin = Start.of(output, targets, start)
         results = [self._reference_backward(double, values, one).relevance for one in begin.relevance]
         found = {name: torch.stack([at[index] for at in results]) for name, index in observed.items()}
-        return _assemble(torch.stack([at[0] for at in results]), found, output, begin, relevance)
+        return assembled(torch.stack([at[0] for at in results]), found, output, begin, relevance)
 
     def _reference_backward(
         self, double: Mapping[str, Tensor], values: Sequence[Tensor], start: Tensor
     ) -> reference.ReferenceResult:
         fold = self.composite.batch_norm
         return reference.backward(self.plan, double, self._assignments, fold, values, start)
-
-    def _start(self, output: Tensor, targets: _Targets, start: StartArgument) -> _Start:
-        start = self.composite.start if start is None else start
-        count, classes = output.shape
-        if not isinstance(start, str):
-            return _given_start(start, output, targets)
-        if start not in STARTS:
-            raise ValueError(
-                f"unknown start {start!r}; known: {', '.join(STARTS)}, a function of the logits, or a tensor"
-            )
-        if targets.classes is None:
-            chosen = output.argmax(1, keepdim=True)
-        else:
-            chosen = targets.classes
-            bad = (chosen < 0) | (chosen >= classes)
-            if bool(bad.any()):
-                raise ValueError(
-                    f"target {int(chosen[bad][0])} is out of range: the model has classes 0 to {classes - 1}"
-                )
-            chosen = chosen.to(output.device, non_blocking=True)
-        # In float64, where the probability of a class that is out of the question is not zero.
-        values = output.double() if start == "logit" else output.double().softmax(1)
-        scale = values.new_ones(chosen.shape) if start == "one" else values.gather(1, chosen)
-        relevance = output.new_zeros(chosen.shape[1], count, classes).scatter_(2, chosen.t()[..., None], 1.0)
-        return _Start(relevance, chosen.t(), scale.t(), targets.single)
 
     def _observed(self, layers: Sequence[str]) -> dict[str, int]:
         if isinstance(layers, str) or not isinstance(layers, Collection) or any(not isinstance(x, str) for x in layers):
@@ -570,7 +509,6 @@ class LRP:
                 "since (then call refresh())"
             )
 
-
     def _own_output(self, images: Tensor) -> Tensor:
         """The model's logits of images, which it may write to."""
         count = f"{len(images)} image{'s' if len(images) > 1 else ''}"
@@ -586,13 +524,6 @@ class LRP:
             name, shape = type(self.model).__name__, tuple(output.shape)
             raise TraceError(f"{name} gives logits of shape {shape} for {count}, expected N x classes")
         return output
-
-
-def _keep(kept: dict[Any, Any], key: object, value: object, most: int) -> None:
-    """Put a value that was taken out, or is new, behind all others, and drop the first beyond ``most``: the longest unused."""
-    kept[key] = value
-    while len(kept) > most:
-        del kept[next(iter(kept))]
 
 
 def _finite_check(inputs: Tensor) -> Callable[[], None]:
@@ -636,257 +567,6 @@ def _choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]
     except (ImportError, ValueError) as error:
         return "torch", f": {error}"
     return "triton", ""
-
-
-class _Runner:
-    """A program's two passes, compiled or not."""
-
-    def __init__(self, program: Program, compile_passes: bool) -> None:
-        self.program = program
-        self._passes: tuple[Callable[..., Any], Callable[..., Any]] = (program.forward, program.backward)
-        if compile_passes:
-            self._passes = (
-                _compiled(program, Program.forward, "inputs"), _compiled(program, Program.backward, "start")
-            )  # fmt: skip
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Any]:
-        """Logits N × classes, and what the backward pass needs."""
-        found: tuple[Tensor, Any] = self._passes[0](inputs)
-        return found
-
-    def backward(self, tape: Any, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """The relevance of the inputs and of what is observed, from ``start`` (maps · N) × classes."""
-        found: tuple[Tensor, dict[int, Tensor]] = self._passes[1](tape, start)
-        return found
-
-
-def _compiled(program: Program, function: Any, argument: str) -> Callable[..., Any]:
-    """A method of a program, compiled for it alone; ``argument``: what may differ from call to call in shape or strides.
-
-    All else is bound: to guard it again at every call takes torch longer than the arithmetic of a small picture. What is
-    compiled belongs to a code object, so each program has its own, and must be one graph: behind a break torch goes on in
-    another code object, whose guards tell one step of the program from the next.
-    """
-    code = function.__code__.replace()
-    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    only: Any = {"guard_filter_fn": lambda guards: [guard.name == argument for guard in guards]}
-    return torch.compile(MethodType(own, program), fullgraph=True, dynamic=False, options=only)
-
-
-class _Recorded(_Runner):
-    """A program's two passes as CUDA graphs, recorded at the first call with their shapes.
-
-    Both graphs take their memory from one pool and are replayed in turn, so that what the forward pass saves lies where
-    the backward pass reads it. Results are copied out.
-    """
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program, False)
-        self._stream = torch.cuda.Stream()  # of this device: torch's own for recordings is of the first that recorded
-        self._done = torch.cuda.Event()  # the latest results are copied
-        self._onward: _Recording | None = None
-        self._back: dict[int, _Recording] = {}
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, None]:
-        if self._onward is None:
-            self._onward = self._record_forward(inputs)
-        torch.cuda.current_stream().wait_event(self._done)  # which another stream may be at
-        output = self._onward.replayed(inputs)[0].clone()
-        self._done.record()
-        return output, None
-
-    def backward(self, tape: None, start: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        maps = start.shape[0]
-        recording = self._back.pop(maps, None) or self._record_backward(start)
-        _keep(self._back, maps, recording, MAPS_KEPT)
-        relevance, at = recording.replayed(start)
-        result = relevance.clone(), {step: found.clone() for step, found in at.items()}
-        self._done.record()
-        return result
-
-    def _record_forward(self, inputs: Tensor) -> _Recording:
-        given = channels_last(inputs.to(self.program.dtype, copy=True))
-        with _aside(self._stream):
-            for _ in range(2):  # kernels are compiled and libraries choose their algorithms before the recording
-                output, tape = self.program.forward(given)
-                self.program.backward(tape, torch.zeros_like(output))
-        del output, tape
-        return _Recording.of(lambda: self.program.forward(given), given, self._stream)
-
-    def _record_backward(self, start: Tensor) -> _Recording:
-        assert self._onward is not None
-        given, (_, tape) = start.clone(), self._onward.result
-        with _aside(self._stream):
-            self.program.backward(list(tape), given)
-        pool = self._onward.graph.pool()
-        return _Recording.of(lambda: self.program.backward(list(tape), given), given, self._stream, pool)
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """A CUDA graph, the tensor it reads, and what it leaves."""
-
-    graph: torch.cuda.CUDAGraph
-    given: Tensor
-    result: Any
-
-    @staticmethod
-    def of(work: Callable[[], Any], given: Tensor, stream: torch.cuda.Stream, pool: Any = None) -> _Recording:
-        """``work`` as a graph. Other threads, such as those that pin memory, may go on using the device meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        # cuBLAS's workspace belongs to the stream, and goes when one of its graphs does; a graph's own is taken while it records.
-        torch._C._cuda_clearCublasWorkspaces()
-        try:
-            recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-            # The outer block is for where ending the recording fails: torch's then leaves its stream in place.
-            with torch.cuda.stream(torch.cuda.current_stream()), recording:
-                result = work()
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
-        return _Recording(graph, given, result)
-
-    def replayed(self, values: Tensor) -> Any:
-        """The result for other values of what it reads; the next replay overwrites it."""
-        self.given.copy_(values)
-        self.graph.replay()
-        return self.result
-
-
-@contextmanager
-def _aside(stream: torch.cuda.Stream) -> Iterator[None]:
-    """On another stream, after what was begun on this one and before what follows."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-class _Targets(NamedTuple):
-    """Classes N×K, or None for the predicted ones; ``single``: one map for each image, without a dimension for K."""
-
-    classes: Tensor | None
-    single: bool
-
-    @property
-    def maps(self) -> int:
-        """How many of each image."""
-        return 1 if self.classes is None else self.classes.shape[1]
-
-    def split(self, count: int, images: int) -> list[_Targets]:
-        """Those of every ``count`` of all the images."""
-        if self.classes is None:
-            return [self] * -(-images // count)
-        return [_Targets(classes, self.single) for classes in self.classes.split(count)]
-
-
-def _targets(target: Target, count: int) -> _Targets:
-    """Classes where the caller has them, so that to look at them no GPU is waited for."""
-    if target is None:
-        return _Targets(None, True)
-    try:
-        classes = torch.as_tensor(target)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"expected target as None, an int, or ints in a list or tensor of N or N x K, got {target!r}"
-        ) from error
-    expected = f"expected one target, {count} targets (one for each input) or {count} x K"
-    if classes.numel() == 0:
-        raise ValueError(f"{expected}, got shape {tuple(classes.shape)}")
-    if classes.dtype.is_floating_point or classes.dtype.is_complex or classes.dtype == torch.bool:
-        raise TypeError(f"expected integer targets, got {classes.dtype}")
-    classes = classes.to(torch.int64)
-    if classes.ndim == 0:
-        classes = classes.expand(count)
-    if classes.ndim > 2 or classes.shape[0] != count:
-        raise ValueError(f"{expected}, got shape {tuple(classes.shape)}")
-    return _Targets(classes if classes.ndim == 2 else classes[:, None], classes.ndim == 1)
-
-
-class _Start(NamedTuple):
-    """What is propagated, K×N×classes, for the classes K×N, and what the maps are multiplied with in the end, K×N float64.
-
-    So that relevance far below one does not underflow on its way. ``single``: K is 1 and not to be shown. ``given``: by the
-    caller, not one for the class.
-    """
-
-    relevance: Tensor
-    classes: Tensor
-    scale: Tensor
-    single: bool
-    given: bool = False
-
-    @property
-    def maps(self) -> int:
-        """How many of each image."""
-        return self.relevance.shape[0]
-
-
-def _given_start(start: StartArgument, output: Tensor, targets: _Targets) -> _Start:
-    """A start relevance that the caller made, with the predicted class as the target."""
-    if targets.classes is not None:
-        raise ValueError(
-            "a start relevance given as a tensor or function covers all classes itself; give no target with it"
-        )
-    given = start(output) if callable(start) else start
-    if not isinstance(given, Tensor):
-        raise TypeError(f"expected the start as a name, a tensor N x classes or a function giving one, got {given!r}")
-    shape = tuple(output.shape)
-    if given.ndim not in (2, 3) or (given.shape[0], given.shape[-1]) != shape:
-        raise ValueError(f"expected a start relevance of shape {shape} or N x K x classes, got {tuple(given.shape)}")
-    begin = given.detach().to(output.device, output.dtype)
-    if not bool(begin.isfinite().all()):
-        raise ValueError("the start relevance is not finite (NaN or infinity)")
-    begin = begin[None] if given.ndim == 2 else begin.transpose(0, 1)
-    scale = begin.new_ones(begin.shape[:2], dtype=torch.float64)
-    return _Start(begin, output.argmax(1).expand(begin.shape[0], -1), scale, given.ndim == 2, True)
-
-
-def _assemble(
-    relevance: Tensor, layers: Mapping[str, Tensor], output: Tensor, start: _Start, keep: bool
-) -> Attribution:
-    """An attribution from results with the maps in front, K×N×…, not scaled yet."""
-
-    def placed(x: Tensor) -> Tensor:
-        return (x[0] if start.single else x.transpose(0, 1)).contiguous()
-
-    def scaled(x: Tensor) -> Tensor:
-        precise = x.dtype == torch.float64
-        factor = start.scale if precise else start.scale.float()
-        return placed((x if precise else x.float()) * factor.reshape(*factor.shape, *[1] * (x.ndim - 2)))
-
-    total = relevance.sum(tuple(range(2, relevance.ndim)), dtype=torch.float64)
-    begin, leak = start.scale, 1.0 - total
-    if start.given:
-        begin = start.relevance.sum(-1, dtype=torch.float64)
-        leak = leak_of(begin, total, whole_of(start.relevance))
-    overflows = ~(output < math.inf).all(1)  # NaN too; what a model rules out may be −infinity
-    leak = leak.masked_fill(overflows, math.nan)
-    start = start._replace(scale=start.scale.masked_fill(overflows, math.nan))
-    shares = scaled(relevance)
-    heatmap = shares.sum(1 if start.single else 2)
-    return Attribution(
-        relevance=shares if keep else None,
-        heatmap=heatmap,
-        target=placed(start.classes),
-        output=output,
-        start=placed(begin).to(heatmap.dtype),
-        leak=placed(leak).to(heatmap.dtype),
-        layers={name: scaled(found) for name, found in layers.items()},
-    )
-
-
-def _joined(results: Sequence[Attribution]) -> Attribution:
-    """The attribution of a batch from those of its pieces."""
-    if len(results) == 1:
-        return results[0]
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(result, name) for result in results])
-
-    names = ("heatmap", "target", "output", "start", "leak")
-    layers = {name: torch.cat([result.layers[name] for result in results]) for name in results[0].layers}
-    relevance = None if results[0].relevance is None else joined("relevance")
-    return Attribution(relevance=relevance, layers=layers, **{name: joined(name) for name in names})
 
 
 def _double(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

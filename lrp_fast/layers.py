@@ -8,7 +8,7 @@ pool, or a mere rearrangement of elements.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -355,3 +355,21 @@ def fill_sizes(size: tuple[Any, ...], x: Tensor) -> tuple[int, ...]:
     """An adaptive pool's output lengths with each ``None`` replaced by the input's own length."""
     spatial = x.shape[x.ndim - len(size) :]
     return tuple(have if want is None else want for want, have in zip(size, spatial, strict=True))
+
+
+def arguments_of(layer: Layer) -> Iterator[Any]:
+    """Everything in a layer's fields, also what is inside tuples, slices and expressions."""
+    for field in fields(layer):
+        yield from _leaves(getattr(layer, field.name))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, SizeExpression):
+        value = value.arguments
+    elif isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value

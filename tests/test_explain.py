@@ -24,8 +24,8 @@ from torch.nn.utils import prune
 
 from lrp_fast import LRP, Composite, Splits, TraceError, heat_quantize, list_composites
 from lrp_fast.engine import Program
-from lrp_fast.explain import _Recorded
 from lrp_fast.rules import Epsilon, Gamma
+from lrp_fast.runners import RecordedRunner
 from networks import CifarResNet, calibrated, relative_error
 
 SIDE = 32
@@ -835,7 +835,7 @@ def test_a_recording_takes_inputs_of_any_dtype_and_keeps_few(
     explainer = recording_explainer(model, images)
     output = explainer.explain(images.bfloat16()).output
     (runner,) = explainer._programs.values()
-    assert isinstance(runner, _Recorded)
+    assert isinstance(runner, RecordedRunner)
     assert runner._onward is not None
     for maps in (2, 1, 3):
         relevance, _ = runner.backward(None, output.repeat(maps, 1))

@@ -15,7 +15,7 @@ LEVELS = (
     ("version", "environment", "memory", "layers", "rules", "plan", "splits", "scopes", "watch"),
     ("composites", "reference", "backends"),
     ("trace", "engine"),
-    ("audit", "explain", "heatmap", "images", "models", "embedded", "data", "store", "metrics"),
+    ("attribution", "audit", "runners", "starts", "explain", "heatmap", "images", "models", "embedded", "data", "store", "metrics"),
     ("methods",),
     ("__init__",),
     ("report", "batches", "pipeline", "export", "integrations"),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lrp_fast import LRP
-from lrp_fast.backends.packed import PackedConvolution, pack_forward, pack_transposed, packs
-from lrp_fast.backends.torch import LinearOperation, PackedMaps, transposed_convolution
+from lrp_fast.backends.torch import LinearOperation, transposed_convolution
+from lrp_fast.backends.torch.linear import PackedMaps
+from lrp_fast.backends.torch.packed import PackedConvolution, pack_forward, pack_transposed, packs
 from lrp_fast.layers import Convolution, Shape
 from lrp_fast.rules import AlphaBeta, Rule
 from networks import CifarResNet, calibrated, relative_error

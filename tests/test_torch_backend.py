@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrp_fast import LRP, Composite, list_composites, reference, rules
+from lrp_fast.backends.passes import times, times_plus
 from lrp_fast.backends.torch import (
     AverageMap,
     BlockMap,
@@ -43,12 +44,10 @@ from lrp_fast.backends.torch import (
     Message,
     ProportionalPool,
     WinnerPool,
-    guarded,
     move_back,
-    times,
-    times_plus,
     transposed_convolution,
 )
+from lrp_fast.backends.torch.gates import guarded
 from lrp_fast.composites import PoolRule
 from lrp_fast.layers import (
     Average,
