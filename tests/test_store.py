@@ -208,9 +208,9 @@ def test_a_stop_at_any_step_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
         return counted
 
-    import lrp_fast.store as module
+    import lrp_fast.store.writing as module
 
-    monkeypatch.setattr(module, "_sync", step(module._sync))
+    monkeypatch.setattr(module, "sync", step(module.sync))
     monkeypatch.setattr(os, "replace", step(os.replace))
     monkeypatch.setattr(StoreWriter, "_sync_chunk", step(StoreWriter._sync_chunk))
     write_all(tmp_path / "counted", maps)
@@ -384,12 +384,12 @@ def test_places_where_no_store_can_be_made(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_who_comes_late_to_a_beginning_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lrp_fast.store as module
+    import lrp_fast.store.writing as module
 
     write_all(tmp_path / "s", random_maps(11))
     answers = [False]  # as seen just before another process renamed its own to this place
-    real = module._is_begun
-    monkeypatch.setattr(module, "_is_begun", lambda path: answers.pop() if answers else real(path))
+    real = module.is_begun
+    monkeypatch.setattr(module, "is_begun", lambda path: answers.pop() if answers else real(path))
     writer(tmp_path / "s")._create()
     assert not answers
     assert [file.name for file in tmp_path.iterdir()] == ["s"]
