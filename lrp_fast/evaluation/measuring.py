@@ -1,21 +1,12 @@
-"""Evaluating methods: the same pictures explained by each, measured by insertion and deletion, localisation, leak and time.
-
-A method's numbers are on the disk as soon as it is done, so the same evaluation goes on where it was stopped. The
-pictures of the sample are held in memory as bytes: 150 kB each at 224 pixels.
-"""
+"""Measuring methods one after another on a sample."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import json
 import logging
 import platform
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +19,10 @@ from torch import Tensor
 
 from lrp_fast.composites import as_composite
 from lrp_fast.data import Source
+from lrp_fast.evaluation.files import ResultFiles
+from lrp_fast.evaluation.options import EvaluationError, EvaluationOptions
+from lrp_fast.evaluation.sample import batches_of, inputs_of, load_sample
 from lrp_fast.explain import Attribution
-from lrp_fast.images import ImageError, decode_image
 from lrp_fast.memory import is_out_of_memory
 from lrp_fast.methods import (
     Edges,
@@ -42,244 +35,27 @@ from lrp_fast.methods import (
     find_method,
 )
 from lrp_fast.metrics import (
-    RandomizationCurve,
     insertion_deletion,
     parameter_randomization,
     pointing_game,
     relevance_mass,
     relevance_rank,
 )
-from lrp_fast.metrics.insertion_deletion import check_step
 from lrp_fast.models import LoadedModel
 from lrp_fast.pipeline import weights_hash
 from lrp_fast.report.evaluation import EvaluationReport, Shown, write_report
-from lrp_fast.report.folder import ForeignFileError, printable, write_whole
 from lrp_fast.report.gallery import Failure, percent
-from lrp_fast.report.scores import METRICS, PROTOCOLS, Entry, Floats, MethodScores, Row, file_name, sanity_failures
-from lrp_fast.store import check_settings, differences
+from lrp_fast.report.scores import Entry, Floats, MethodScores, Row, sanity_failures
 from lrp_fast.version import VERSION
 
 logger = logging.getLogger("lrp_fast")
 
-FORMAT, FORMAT_VERSION = "lrp-fast evaluation", 1
-SETTINGS = "settings.json"
-RESULTS = "results"
-TARGETS = ("predicted", "label")
-PUBLISHED_SHARE = 500 / 224**2
-"""The published step, 500 patches of one pixel at 224 x 224, as a share of all patches."""
 PERTURBED_FACTOR = 4
 """Perturbed pictures go through the network in batches this much larger than explained ones, which need more memory."""
 
 RANDOM_CONTROLS = ("random", "random-two-level")
 """The controls that no table is without."""
 _CONTROLS = (RandomMap, RandomTwoLevels, Edges)
-
-
-class EvaluationError(Exception):
-    """Something that keeps an evaluation from being made; the message says what and what is expected."""
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What is measured, and on which pictures.
-
-    ``metrics``, ``protocols``: some of ``METRICS`` and ``PROTOCOLS``; localisation is left out without masks if all metrics
-    are asked for, and else an error; ``target``: the class explained, ``"predicted"`` or ``"label"``; ``limit``: pictures
-    drawn with ``seed``, ``None`` for all; ``per_class``: the same number of each class;
-    ``batch_size``: pictures explained at a time; ``patch``, ``step``, ``baseline``: as of
-    :func:`lrp_fast.metrics.insertion_deletion`, ``step=None`` for the published share (1 % of the patches);
-    ``sanity``: pictures for the parameter randomization, 0 for none; ``shown``: pictures shown with every map.
-    Raises ``ValueError`` for a name that is not known or a number below 1.
-    """
-
-    metrics: tuple[str, ...] = METRICS
-    protocols: tuple[str, ...] = PROTOCOLS
-    target: str = "predicted"
-    limit: int | None = 1000
-    per_class: bool = False
-    seed: int = 0
-    batch_size: int = 8
-    patch: int = 1
-    step: int | None = None
-    baseline: str = "black"
-    sanity: int = 0
-    shown: int = 6
-
-    def __post_init__(self) -> None:
-        for what, given, known in (
-            ("metrics", self.metrics, METRICS),
-            ("protocols", self.protocols, PROTOCOLS),
-            ("target", (self.target,), TARGETS),
-        ):
-            unknown = [name for name in given if name not in known]
-            if unknown or not given:
-                raise ValueError(f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-        numbers = {"limit": self.limit, "batch_size": self.batch_size, "patch": self.patch, "step": self.step}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-
-    def step_for(self, size: int) -> int:
-        """The step in patches for pictures of ``size`` x ``size`` pixels."""
-        if self.step is not None:
-            return self.step
-        return max(1, round(PUBLISHED_SHARE * (-(-size // self.patch)) ** 2))
-
-    def check_size(self, size: int) -> None:
-        """Raise ``ValueError`` if a single step shows all of a picture of ``size`` x ``size`` pixels."""
-        for protocol in sorted(self.protocols, reverse=True) if "insertion-deletion" in self.metrics else ():
-            check_step(size, size, self.patch, self.step_for(size), protocol)
-
-
-def draw_sample(source: Source, options: EvaluationOptions) -> list[int]:
-    """The indices of the pictures that are evaluated, rising; the same for the same source, limit and seed.
-
-    With ``per_class`` of every class as many as the limit allows for all of them, at most what the smallest one has.
-    Raises :class:`EvaluationError` if classes cannot be told apart, or are more than the limit.
-    """
-    limit = len(source) if options.limit is None else min(options.limit, len(source))
-    order = np.random.default_rng(options.seed).permutation(len(source))
-    if not options.per_class:
-        return sorted(order[:limit].tolist())
-    if (source.labels < 0).any():
-        raise EvaluationError("the same number of each class needs a label for every picture, which this source lacks")
-    classes, counts = np.unique(source.labels, return_counts=True)
-    each = min(limit // len(classes), int(counts.min()))
-    if each == 0:
-        raise EvaluationError(
-            f"{limit} pictures cannot hold the same number of each of the {len(classes)} classes: raise the limit, "
-            "or go without (--no-per-class)"
-        )
-    chosen = [order[source.labels[order] == label][:each] for label in classes]
-    return sorted(np.concatenate(chosen).tolist())
-
-
-def match_labels(source: Source, classes: Sequence[str]) -> npt.NDArray[np.int64]:
-    """The model's class of each sample, int64 [N], -1 where the source has no label.
-
-    The source's class names are looked up among the model's and must be written alike; labels that are numbers are used
-    as they are. Raises :class:`EvaluationError` naming what does not fit.
-    """
-    labels = source.labels
-    if not source.classes or source.classes == tuple(classes):
-        beyond = np.unique(labels[labels >= len(classes)])
-        if len(beyond):
-            raise EvaluationError(f"label {beyond[0]} is not among the model's {len(classes)} classes")
-        return labels
-    used = np.unique(labels[labels >= 0])
-    numbers = np.full(len(source.classes), -1, dtype=np.int64)
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(classes):
-        places.setdefault(name, []).append(place)
-    missing = [source.classes[label] for label in used if source.classes[label] not in places]
-    if missing:
-        raise EvaluationError(
-            f"the model has no class named {_some(missing)}; the source's classes: {_some(source.classes)}; "
-            f"the model's: {_some(classes)}"
-        )
-    for label in used:
-        found = places[source.classes[label]]
-        if len(found) > 1:
-            raise EvaluationError(
-                f"{source.classes[label]!r} is the name of {len(found)} classes of the model ({found}); "
-                "give labels as numbers, in a manifest"
-            )
-        numbers[label] = found[0]
-    return np.where(labels < 0, -1, numbers[labels])
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    listed = ", ".join(map(repr, names[:most]))
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """The pictures that are evaluated, N of them.
-
-    ``keys``: their names; ``pixels``: uint8 [N, H, W, 3]; ``masks``: bool [N, H, W], all false where the object is not
-    known; ``predicted``, ``labels`` and ``targets``: int64 [N], what the network says, the class whose probability is
-    measured, and the one explained; ``labelled``: whether ``labels`` are the source's, and not the predicted classes;
-    ``skipped``: what could not be read.
-    """
-
-    keys: Sequence[str]
-    pixels: npt.NDArray[np.uint8]
-    masks: npt.NDArray[np.bool_]
-    predicted: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    targets: npt.NDArray[np.int64]
-    labelled: bool
-    skipped: Sequence[Failure]
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def digest(self) -> str:
-        """A SHA-256 of everything that is measured on."""
-        arrays = (self.pixels, np.packbits(self.masks), self.labels, self.targets)
-        digest = hashlib.sha256("\n".join(map(printable, self.keys)).encode())
-        for array in arrays:
-            digest.update(array.tobytes())
-        return digest.hexdigest()
-
-
-def load_sample(source: Source, loaded: LoadedModel, options: EvaluationOptions) -> Sample:
-    """Read, decode and classify the pictures of the sample, on the model's device.
-
-    A picture that cannot be read, or whose mask cannot, is skipped. Raises :class:`EvaluationError` if all are, if labels
-    do not fit, or if localisation was asked for without masks.
-    """
-    indices = draw_sample(source, options)
-    labels = match_labels(source, loaded.classes)[indices]
-    labelled = bool((labels >= 0).all())
-    if not labelled and (labels >= 0).any():
-        raise EvaluationError(f"{(labels < 0).sum()} of {len(labels)} pictures have no label; expected all or none")
-    if options.target == "label" and not labelled:
-        raise EvaluationError("target 'label' needs a source with labels; this one has none")
-    kept, pixels, masks, skipped = [], [], [], []
-    for place, index in enumerate(indices):
-        try:
-            image = decode_image(source.read(index))
-            mask = source.mask(index, image.size) if "localisation" in options.metrics else None
-        except ImageError as error:
-            skipped.append(Failure(printable(source.keys[index]), str(error)))
-            continue
-        kept.append(place)
-        pixels.append(np.asarray(loaded.preprocessing.frame(image)))
-        shape = pixels[-1].shape[:2]
-        masks.append(np.zeros(shape, bool) if mask is None else np.asarray(loaded.preprocessing.frame(mask)) >= 128)
-    if not kept:
-        raise EvaluationError(f"none of the {len(indices)} pictures can be read; the first: {skipped[0].reason}")
-    named = "localisation" in options.metrics and set(options.metrics) != set(METRICS)
-    if named and not np.any(masks):
-        raise EvaluationError(
-            f"metric 'localisation' needs a source with masks; none of the {len(kept)} pictures has one (--masks gives a "
-            "folder's)"
-        )
-    known, shown = labels[kept], np.stack(pixels)
-    predicted = _classify(loaded, shown, options.batch_size)
-    measured = known if labelled else predicted
-    targets = predicted if options.target == "predicted" else known
-    keys = [printable(source.keys[indices[place]]) for place in kept]
-    return Sample(keys, shown, np.stack(masks), predicted, measured, targets, labelled, skipped)
-
-
-def _classify(loaded: LoadedModel, pixels: npt.NDArray[np.uint8], batch_size: int) -> npt.NDArray[np.int64]:
-    with torch.inference_mode():
-        batches = (_inputs(pixels[part], loaded) for part in _batches(len(pixels), batch_size))
-        return torch.cat([loaded.model(batch).argmax(1) for batch in batches]).cpu().numpy()
-
-
-def _inputs(pixels: npt.NDArray[np.uint8], loaded: LoadedModel) -> Tensor:
-    """Some pictures uint8 [n, H, W, 3] as the network's input, float32 [n, 3, H, W]; new memory at every call."""
-    device = next(loaded.model.parameters()).device
-    return torch.stack([loaded.preprocessing.normalize(Image.fromarray(each)) for each in pixels]).to(device)
-
-
-def _batches(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
 
 
 @dataclass
@@ -333,7 +109,7 @@ class Evaluation:
         """
         wanted = with_controls(methods)
         record = self.settings()
-        files = _Files(output, record)
+        files = ResultFiles(output, record)
         entries: list[Entry] = []
         interrupted = False
         try:
@@ -355,7 +131,7 @@ class Evaluation:
         rows = write_report(self._report(entries, controls, record, interrupted), output)
         return EvaluationOutcome(entries, rows, self.sample.skipped, interrupted)
 
-    def _kept(self, files: _Files, methods: Mapping[str, Method]) -> list[MethodScores]:
+    def _kept(self, files: ResultFiles, methods: Mapping[str, Method]) -> list[MethodScores]:
         """What the folder holds of methods whose turn did not come; what cannot be read is said when it does."""
         found = []
         for name, method in methods.items():
@@ -391,7 +167,7 @@ class Evaluation:
         }
 
     def _obtain(
-        self, files: _Files, name: str, method: Method, on_batch: Callable[[int], None]
+        self, files: ResultFiles, name: str, method: Method, on_batch: Callable[[int], None]
     ) -> MethodScores | Failure:
         """A method's numbers: from the folder, or measured and put there."""
         about = _about(method)
@@ -410,7 +186,7 @@ class Evaluation:
         files.save(scores, about)
         return scores
 
-    def _with_sanity(self, files: _Files, scores: MethodScores, method: Method) -> MethodScores:
+    def _with_sanity(self, files: ResultFiles, scores: MethodScores, method: Method) -> MethodScores:
         """The same with its parameter randomization: from the folder, or made and put there."""
         count, about = min(self.options.sanity, len(self.sample)), _about(method)
         curve = files.load_sanity(scores.name, count, about)
@@ -425,7 +201,7 @@ class Evaluation:
         return replace(scores, sanity=curve)
 
     def _measure(self, name: str, method: Method, on_batch: Callable[[int], None]) -> MethodScores:
-        batches = list(_batches(len(self.sample), self.options.batch_size))
+        batches = list(batches_of(len(self.sample), self.options.batch_size))
         self._explain(method, batches[0])  # what is done once for a network does not count as time
         finite, conserved, measured, seconds = [], [], [], []
         fractions: dict[str, Floats] = {}
@@ -477,7 +253,7 @@ class Evaluation:
 
     def _inputs_and(self, classes: npt.NDArray[np.int64], part: slice) -> tuple[Tensor, Tensor]:
         """Some pictures as the network's input, and their ``classes`` beside them."""
-        return _inputs(self.sample.pixels[part], self._loaded), torch.from_numpy(classes[part]).to(self._device)
+        return inputs_of(self.sample.pixels[part], self._loaded), torch.from_numpy(classes[part]).to(self._device)
 
     def _score(self, part: slice, finite: Tensor, heatmaps: Tensor) -> tuple[dict[str, Floats], dict[str, Floats]]:
         """Every metric of the finite ones among some pictures' maps, [n] or [n, points]; and the curves' fractions."""
@@ -609,99 +385,3 @@ def _reason(error: Exception) -> str:
     if is_out_of_memory(error):
         return f"out of memory, try a smaller batch size: {error}"
     return f"{type(error).__name__}: {error}" if not isinstance(error, ImportError) else str(error)
-
-
-class _Files:
-    """The folder of an evaluation: its settings, and a file for each finished method.
-
-    Raises ``SettingsError`` if it was begun with other settings, naming each with both values, and ``ForeignFileError``
-    if it holds files but no evaluation.
-    """
-
-    def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
-        self._results = folder / RESULTS
-        record = json.loads(json.dumps(record))
-        self._fingerprint = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-        about = folder / SETTINGS
-        if not about.exists():
-            if folder.is_dir() and any(folder.iterdir()):
-                raise ForeignFileError(f"{folder} holds files, but not those of an evaluation; results need their own")
-            self._results.mkdir(parents=True)
-            content = {"format": FORMAT, "version": FORMAT_VERSION, "settings": record}
-            write_whole(about, (json.dumps(content, indent=2) + "\n").encode())
-        _check_settings(about, record)
-        self._results.mkdir(exist_ok=True)
-
-    def load(self, name: str, about: Mapping[str, Any]) -> MethodScores | None:
-        """What was measured of a method; ``None`` if that was not done yet."""
-        found = self._load(name, "", about)
-        if found is None:
-            return None
-        parts: dict[str, dict[str, Any]] = {"value": {}, "curve": {}, "fraction": {}, "": {}}
-        for key, array in found.items():
-            kind, _, rest = key.rpartition(".")
-            parts[kind][rest] = array
-        plain = parts[""]
-        return MethodScores(
-            name, parts["value"], parts["curve"], parts["fraction"], plain["maps"], str(plain["machine"])
-        )
-
-    def save(self, scores: MethodScores, about: Mapping[str, Any]) -> None:
-        arrays: dict[str, Any] = {"maps": scores.maps, "machine": np.array(scores.machine)}
-        for kind, each in (("value", scores.values), ("curve", scores.curves), ("fraction", scores.fractions)):
-            arrays |= {f"{kind}.{key}": array for key, array in each.items()}
-        self._save(scores.name, "", arrays, about)
-
-    def load_sanity(self, name: str, count: int, about: Mapping[str, Any]) -> RandomizationCurve | None:
-        """A method's parameter randomization on so many pictures; ``None`` if that was not done yet."""
-        found = self._load(name, f"-sanity-{count}", about)
-        if found is None:
-            return None
-        stages = tuple(map(str, found["stages"]))
-        tensors = (torch.from_numpy(found[key]) for key in ("spearman", "spearman_magnitude", "cosine"))
-        return RandomizationCurve(stages, *tensors)
-
-    def save_sanity(self, name: str, count: int, curve: RandomizationCurve, about: Mapping[str, Any]) -> None:
-        tensors = {"spearman": curve.spearman, "spearman_magnitude": curve.spearman_magnitude, "cosine": curve.cosine}
-        arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
-        self._save(name, f"-sanity-{count}", {"stages": np.array(curve.stages), **arrays}, about)
-
-    def _file(self, name: str, suffix: str) -> Path:
-        return self._results / f"{file_name(name)}{suffix}.npz"
-
-    def _load(self, name: str, suffix: str, about: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]] | None:
-        file = self._file(name, suffix)
-        if not file.exists():
-            return None
-        try:
-            with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-                found = {key: arrays[key] for key in arrays.files}
-            stamp = (str(found.pop("method")), str(found.pop("fingerprint")))
-            before = json.loads(str(found.pop("about", "{}")))
-        except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
-            raise EvaluationError(f"{file} is damaged ({error}); delete it to measure {name} again") from error
-        if stamp != (name, self._fingerprint):
-            raise EvaluationError(f"{file} is not of {name} with these settings; delete it to measure {name} again")
-        if differing := differences(before, about):
-            raise EvaluationError(f"{file} is of another {name}; delete it to measure {name} again: {differing}")
-        return found
-
-    def _save(
-        self, name: str, suffix: str, arrays: Mapping[str, npt.NDArray[Any]], about: Mapping[str, Any]
-    ) -> None:
-        buffer = io.BytesIO()
-        stamp = {"method": name, "fingerprint": self._fingerprint, "about": json.dumps(about)}
-        texts = {key: np.array(text) for key, text in stamp.items()}
-        np.savez_compressed(buffer, allow_pickle=False, **texts, **arrays)
-        write_whole(self._file(name, suffix), buffer.getvalue())
-
-
-def _check_settings(about: Path, wanted: Mapping[str, Any]) -> None:
-    try:
-        content = json.loads(about.read_text(encoding="utf-8"))
-        form, found = (content["format"], content["version"]), content["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ForeignFileError(f"{about} is not the settings of an evaluation: {error}") from error
-    if form != (FORMAT, FORMAT_VERSION):
-        raise ForeignFileError(f"{about} is of {form[0]!r} version {form[1]}, expected {FORMAT!r} {FORMAT_VERSION}")
-    check_settings(about.parent, found, wanted)
