@@ -50,7 +50,10 @@ STAGES = ("tests", "ahead", "kernels", "networks", "tune")
 TESTS_SHARE, KERNELS_SHARE, NETWORKS_SHARE = 0.35, 0.5, 0.92
 """The shares of the budget that are spent when the GPU tests, the kernel table and the networks must have ended."""
 INTERRUPTED = 130
-TIMING = ("cases.py", "contenders.py", "kernel_bench.py", "network_bench.py", "peers.py", "settings.py", "timing.py")
+TIMING = (
+    "builders.py", "cases.py", "contenders.py", "eager.py", "kernel_bench.py", "network_bench.py", "peers.py", "settings.py",
+    "timing.py",
+)  # fmt: skip
 """Beside this file: what is timed, and how."""
 PROGRAM = (sys.executable, str(pathlib.Path(__file__).resolve()))
 

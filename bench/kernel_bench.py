@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from cases import KernelCase, Prepared, kernel_cases, small_cases
+from builders import Prepared
+from cases import KernelCase, kernel_cases, small_cases
 from lrp_fast.memory import is_out_of_memory
 from lrp_fast.scopes import float32_precision
 from predict import H100, predicted

@@ -23,7 +23,8 @@ import torchvision
 import typer
 from resources import Row, resources
 
-from cases import KernelCase, Prepared, kernel_cases
+from builders import Prepared
+from cases import KernelCase, kernel_cases
 from lrp_fast import list_composites
 from predict import H100, H200, Pass, Recorded, recorded
 

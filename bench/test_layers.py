@@ -17,7 +17,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import cases
-from cases import Convolution, KernelCase, Prepared
+from builders import Convolution, Prepared
+from cases import KernelCase
 from contenders import relative_error
 from kernel_bench import Row, difference, poisoned_outputs
 from lrp_fast import LRP

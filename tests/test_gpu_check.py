@@ -865,7 +865,7 @@ def test_a_check_begins_anew_unless_it_is_resumed(tmp_path: pathlib.Path) -> Non
 
 
 def test_measurements_belong_to_what_timed_them(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"network_bench.py", "kernel_bench.py", "timing.py", "cases.py"} <= set(gpu_check.TIMING)
+    assert {"network_bench.py", "kernel_bench.py", "timing.py", "cases.py", "builders.py", "eager.py"} <= set(gpu_check.TIMING)
     (tmp_path / "bench").mkdir()
     for name in gpu_check.TIMING:
         (tmp_path / "bench" / name).write_bytes((gpu_check.ROOT / "bench" / name).read_bytes())

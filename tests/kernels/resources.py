@@ -28,7 +28,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
 import torch
 from compiling import CAPABILITIES, Launch, Resources, compiled, launches_of, source_of
 
-from cases import KernelCase, Prepared, kernel_cases
+from builders import Prepared
+from cases import KernelCase, kernel_cases
 from lrp_fast.kernels import pointwise_conv, spatial_conv
 from predict import H100, predicted
 

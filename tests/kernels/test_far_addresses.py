@@ -12,7 +12,8 @@ from resources import HEAVIEST  # which finds bench/ for the next
 from torch import Tensor
 
 import strict_interpreter
-from cases import KernelCase, Maker, kernel_cases
+from cases import KernelCase, kernel_cases
+from eager import Maker
 from lrp_fast.kernels import pool
 from lrp_fast.kernels.common import Arrival, Denominators, End, interpreted
 
