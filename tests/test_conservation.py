@@ -21,7 +21,10 @@ def test_the_summary_is_its_definitions() -> None:
     assert got.mean == pytest.approx(sum(magnitudes) / 50, rel=1e-12)
     assert got.largest == pytest.approx(magnitudes[-1], rel=1e-12)
     assert got.quantile(0) == pytest.approx(magnitudes[0], rel=1e-12)
-    assert got.quantile(0.9) == pytest.approx(magnitudes[45], rel=1e-12)  # ⌈0.9 · 49⌉
+    for share in (0.9, 0.14, 0.141, float(torch.rand(()))):  # 0.14 · 50 is a little more than 7
+        value = got.quantile(share)
+        enough = [each for each in magnitudes if sum(other <= each for other in magnitudes) >= 50 * share - 1e-9]
+        assert value == pytest.approx(enough[0], rel=1e-12)
     assert got.quantile(1) == got.largest
     # The best line through the origin: no other slope is nearer to the points.
     errors = [float(((total - slope * start) ** 2).sum()) for slope in (got.slope, got.slope + 1e-3, got.slope - 1e-3)]
@@ -35,6 +38,8 @@ def test_images_without_relevance() -> None:
     assert got.leak.tolist() == [0.0, -torch.inf, 0.5]
     assert got.mean == got.largest == got.quantile(1) == torch.inf
     assert got.quantile(0.5) == 0.5
+    with pytest.raises(ValueError, match=r"a share of the images in \[0, 1\], got 50"):
+        got.quantile(50)
     assert Conservation(torch.zeros(2), torch.zeros(2)).leak.tolist() == [0.0, 0.0]
 
 

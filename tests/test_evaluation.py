@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -261,7 +262,18 @@ def test_damaged_results_are_said(loaded: LoadedModel, source: Source, tmp_path:
     results = tmp_path / "out" / "results"
     file, other = results / f"{file_name('stripes')}.npz", results / f"{file_name('random')}.npz"
     content = file.read_bytes()
-    for bad in (content[: len(content) // 2], b"", other.read_bytes()):
+    with np.load(file) as arrays:
+        lacking = {key: arrays[key] for key in arrays.files if key != "maps"}
+    directory = content.index(b"PK\x01\x02")  # of the first array
+    bits = {6: 0x40, 8: 0x01, 10: 0x04}  # a later version, encryption, another compression
+    flipped = [bytearray(content) for _ in bits]
+    for damaged, (place, bit) in zip(flipped, bits.items(), strict=True):
+        damaged[directory + place] ^= bit
+    without, plain = io.BytesIO(), io.BytesIO()
+    np.savez(without, allow_pickle=False, **lacking)
+    np.save(plain, lacking["machine"])
+    replaced = without.getvalue(), plain.getvalue()
+    for bad in (content[: len(content) // 2], b"", other.read_bytes(), *replaced, *flipped):
         file.write_bytes(bad)
         with pytest.raises(EvaluationError, match=f"{file.name} is .*delete it to measure stripes again"):
             evaluation.into(tmp_path / "out", {"stripes": Counting()})
@@ -492,9 +504,14 @@ def test_masks_come_through_the_same_frame(loaded: LoadedModel, source: Source) 
 
 
 def test_options_are_checked() -> None:
-    for wrong in ({"metrics": ("speed",)}, {"protocols": ()}, {"target": "best"}, {"step": 0}, {"batch_size": 0}):
+    for wrong in (
+        {"metrics": ("speed",)}, {"protocols": ()}, {"target": "best"}, {"baseline": "grey"}, {"step": 0},
+        {"batch_size": 0}, {"seed": -1}, {"shown": -1}, {"sanity": -1},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EvaluationOptions(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="step must be an integer, got 1.5"):
+        EvaluationOptions(step=1.5)  # type: ignore[arg-type]
     assert EvaluationOptions().step_for(224) == 500
     assert EvaluationOptions(patch=7).step_for(224) == round(1024 * 500 / 224**2)
     assert EvaluationOptions(step=3).step_for(224) == 3
@@ -607,6 +624,47 @@ def test_only_what_was_measured_is_shown(loaded: LoadedModel, source: Source, tm
     assert "seconds measured on" in (tmp_path / "time" / "index.html").read_text()
 
 
+def test_a_table_of_methods_without_numbers(loaded: LoadedModel, source: Source, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, metrics=("leak",), shown=1)
+    outcome = Evaluation(loaded, source, options).into(tmp_path / "out", {"fails": Counting(1, ValueError("no"))})
+    assert [failure.name for failure in outcome.failures()] == ["fails"]
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert lines[2] == "| fails | failed: ValueError: no |"
+    assert {line.count("|") for line in lines} == {3}
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "failed: ValueError: no" in html
+    assert "baseline" not in html
+    assert "Insertion" not in html
+
+
+def test_how_many_pictures_a_mean_is_of(loaded: LoadedModel, source: Source, tmp_path: Path) -> None:
+    """Also in Markdown, where a picture's map was not finite."""
+
+    def partly(model: nn.Module, images: Tensor, target: Tensor, /) -> Tensor:
+        maps = images[:, 0].clone()
+        maps[1] = torch.nan
+        return maps
+
+    options = dataclasses.replace(OPTIONS, metrics=("insertion-deletion", "time"), protocols=("rank",), shown=1)
+    outcome = Evaluation(loaded, source, options).into(tmp_path / "out", {"partly": partly, "whole": Counting()})
+    known = outcome.rows[0].intervals["rank_id"].count
+    lines = [line.split(" | ") for line in (tmp_path / "out" / "table.md").read_text().splitlines()]
+    assert known == COUNT - 2  # one of each batch
+    assert [cell.endswith(f" of {known}") for cell in lines[2][1:]] == [True, True, True, False]
+    assert not any(" of " in cell for cell in lines[3])
+
+
+def test_pictures_that_cannot_be_read_are_not_called_drawn(loaded: LoadedModel, tmp_path: Path) -> None:
+    for place in range(3):
+        Image.new("RGB", (70, 70), (40 * place, 80, 120)).save(tmp_path / f"{place}.png")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    for limit, said in ((None, "2 of 3 (folder)"), (2, "of 3 (folder, drawn with seed 0)")):
+        options = dataclasses.replace(OPTIONS, metrics=("time",), limit=limit, shown=1)
+        out = tmp_path / f"out-{limit}"
+        Evaluation(loaded, open_source(str(tmp_path)), options).into(out, {"stripes": Counting()})
+        assert said in (out / "index.html").read_text()
+
+
 def test_the_tables_agree(evaluated: _Evaluated) -> None:
     rows = evaluated.outcome.rows
     with open(evaluated.folder / "table.csv", newline="") as file:
@@ -675,3 +733,8 @@ def test_an_interval_that_holds_zero_shows_it() -> None:
     assert span("rank_id", Interval(0.002, -0.0001, 0.0044, 200)) == "[−0.000, 0.004]"
     assert span("rank_id", Interval(0.002, 0.0001, 0.0044, 200)) == "[0.000, 0.004]"
     assert span("rank_id", Interval(0.0, math.nan, math.nan, 1)) == ""
+
+
+def test_times_are_milliseconds_in_plain_digits() -> None:
+    texts = [number("seconds", seconds) for seconds in (0.0012345, 0.0999, 0.99949, 0.9995, 0.9999, 12.3)]
+    assert texts == ["1.23", "99.9", "999", "1000", "1000", "12300"]

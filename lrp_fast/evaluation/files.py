@@ -7,9 +7,10 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from lrp_fast.store import check_settings, differences
 FORMAT, FORMAT_VERSION = "lrp-fast evaluation", 1
 SETTINGS = "settings.json"
 RESULTS = "results"
+
+Arrays = dict[str, npt.NDArray[Any]]
+Result = TypeVar("Result")
 
 
 class ResultFiles:
@@ -49,17 +53,7 @@ class ResultFiles:
 
     def load(self, name: str, about: Mapping[str, Any]) -> MethodScores | None:
         """What was measured of a method; ``None`` if that was not done yet."""
-        found = self._load(name, "", about)
-        if found is None:
-            return None
-        parts: dict[str, dict[str, Any]] = {"value": {}, "curve": {}, "fraction": {}, "": {}}
-        for key, array in found.items():
-            kind, _, rest = key.rpartition(".")
-            parts[kind][rest] = array
-        plain = parts[""]
-        return MethodScores(
-            name, parts["value"], parts["curve"], parts["fraction"], plain["maps"], str(plain["machine"])
-        )
+        return self._load(name, "", about, partial(_scores_of, name))
 
     def save(self, scores: MethodScores, about: Mapping[str, Any]) -> None:
         """Put what was measured of a method on the disk, and ``about``: what decides its maps beside its name."""
@@ -70,12 +64,7 @@ class ResultFiles:
 
     def load_sanity(self, name: str, count: int, about: Mapping[str, Any]) -> RandomizationCurve | None:
         """A method's parameter randomization on so many pictures; ``None`` if that was not done yet."""
-        found = self._load(name, f"-sanity-{count}", about)
-        if found is None:
-            return None
-        stages = tuple(map(str, found["stages"]))
-        tensors = (torch.from_numpy(found[key]) for key in ("spearman", "spearman_magnitude", "cosine"))
-        return RandomizationCurve(stages, *tensors)
+        return self._load(name, f"-sanity-{count}", about, _curve_of)
 
     def save_sanity(self, name: str, count: int, curve: RandomizationCurve, about: Mapping[str, Any]) -> None:
         """Put a method's parameter randomization on so many pictures on the disk."""
@@ -86,22 +75,26 @@ class ResultFiles:
     def _file(self, name: str, suffix: str) -> Path:
         return self._results / f"{file_name(name)}{suffix}.npz"
 
-    def _load(self, name: str, suffix: str, about: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]] | None:
+    def _load(
+        self, name: str, suffix: str, about: Mapping[str, Any], read: Callable[[Arrays], Result]
+    ) -> Result | None:
         file = self._file(name, suffix)
         if not file.exists():
             return None
+        content = io.BytesIO(file.read_bytes())
         try:
-            with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            with np.load(content, allow_pickle=False) as arrays:
                 found = {key: arrays[key] for key in arrays.files}
             stamp = (str(found.pop("method")), str(found.pop("fingerprint")))
             before = json.loads(str(found.pop("about", "{}")))
-        except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError) as error:
+            result = read(found)
+        except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError, RuntimeError, TypeError) as error:
             raise EvaluationError(f"{file} is damaged ({error}); delete it to measure {name} again") from error
         if stamp != (name, self._fingerprint):
             raise EvaluationError(f"{file} is not of {name} with these settings; delete it to measure {name} again")
         if differing := differences(before, about):
             raise EvaluationError(f"{file} is of another {name}; delete it to measure {name} again: {differing}")
-        return found
+        return result
 
     def _save(self, name: str, suffix: str, arrays: Mapping[str, npt.NDArray[Any]], about: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()
@@ -109,6 +102,20 @@ class ResultFiles:
         texts = {key: np.array(text) for key, text in stamp.items()}
         np.savez_compressed(buffer, allow_pickle=False, **texts, **arrays)
         write_whole(self._file(name, suffix), buffer.getvalue())
+
+
+def _scores_of(name: str, arrays: Arrays) -> MethodScores:
+    parts: dict[str, Arrays] = {"value": {}, "curve": {}, "fraction": {}, "": {}}
+    for key, array in arrays.items():
+        kind, _, rest = key.rpartition(".")
+        parts[kind][rest] = array
+    plain = parts[""]
+    return MethodScores(name, parts["value"], parts["curve"], parts["fraction"], plain["maps"], str(plain["machine"]))
+
+
+def _curve_of(arrays: Arrays) -> RandomizationCurve:
+    tensors = (torch.from_numpy(arrays[key]) for key in ("spearman", "spearman_magnitude", "cosine"))
+    return RandomizationCurve(tuple(map(str, arrays["stages"])), *tensors)
 
 
 def _check_settings(about: Path, wanted: Mapping[str, Any]) -> None:

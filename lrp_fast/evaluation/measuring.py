@@ -317,12 +317,18 @@ class Evaluation:
     def _described(self, entries: Sequence[Entry]) -> dict[str, str]:
         """The header of the report, label to text."""
         options, loaded, sample = self.options, self._loaded, self.sample
-        drawn = f", drawn with seed {options.seed}" if len(sample) < len(self._source) else ""
+        drawn = f", drawn with seed {options.seed}" if len(sample) + len(sample.skipped) < len(self._source) else ""
         drawn += ", the same number of each class" if options.per_class else ""
         right = sample.labels == sample.predicted
         scored = "its label" if sample.labelled else "the predicted class (the source has no labels)"
         machines = dict.fromkeys(entry.machine for entry in entries if isinstance(entry, MethodScores))
         timed = "time" in options.metrics and machines
+        perturbed = {
+            "class whose probability is measured": scored,
+            "patch": f"{options.patch} px",
+            "step": f"{options.step_for(loaded.preprocessing.crop)} patches",
+            "baseline": options.baseline,
+        }
         return {
             "model": loaded.name,
             "weights": loaded.source,
@@ -330,10 +336,7 @@ class Evaluation:
             "size": f"{loaded.preprocessing.crop} px",
             **({"predicted right": percent(float(right.mean()))} if sample.labelled else {}),
             "class explained": options.target,
-            "class whose probability is measured": scored,
-            "patch": f"{options.patch} px",
-            "step": f"{options.step_for(loaded.preprocessing.crop)} patches",
-            "baseline": options.baseline,
+            **(perturbed if "insertion-deletion" in options.metrics else {}),
             **({"seconds measured on": "; ".join(machines)} if timed else {}),
             "lrp-fast": VERSION,
         }

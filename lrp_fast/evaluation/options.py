@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrp_fast.metrics.insertion_deletion import check_step
+from lrp_fast.metrics.checks import check_count
+from lrp_fast.metrics.insertion_deletion import BASELINES, check_step
 from lrp_fast.report.scores import METRICS, PROTOCOLS
 
 TARGETS = ("predicted", "label")
@@ -26,7 +27,8 @@ class EvaluationOptions:
     ``batch_size``: pictures explained at a time; ``patch``, ``step``, ``baseline``: as of
     :func:`lrp_fast.metrics.insertion_deletion`, ``step=None`` for the published share (1 % of the patches);
     ``sanity``: pictures for the parameter randomization, 0 for none; ``shown``: pictures shown with every map.
-    Raises ``ValueError`` for a name that is not known or a number below 1.
+    Raises ``ValueError`` for a name that is not known or a number that is too small, ``TypeError`` for one that is no
+    integer.
     """
 
     metrics: tuple[str, ...] = METRICS
@@ -47,14 +49,16 @@ class EvaluationOptions:
             ("metrics", self.metrics, METRICS),
             ("protocols", self.protocols, PROTOCOLS),
             ("target", (self.target,), TARGETS),
+            ("baseline", (self.baseline,), BASELINES),
         ):
             unknown = [name for name in given if name not in known]
             if unknown or not given:
                 raise ValueError(f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-        numbers = {"limit": self.limit, "batch_size": self.batch_size, "patch": self.patch, "step": self.step}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        for name, least in (
+            ("limit", 1), ("batch_size", 1), ("patch", 1), ("step", 1), ("seed", 0), ("sanity", 0), ("shown", 0),
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), least)
 
     def step_for(self, size: int) -> int:
         """The step in patches for pictures of ``size`` x ``size`` pixels."""

@@ -169,7 +169,7 @@ def number(key: str, value: float) -> str:
     if key in _PERCENT:
         return percent(value)
     if key == "seconds":
-        return f"{1000 * value:.3g}" if value < 1 else f"{1000 * value:.0f}"
+        return f"{1000 * value:.3g}" if value < 0.9995 else f"{1000 * value:.0f}"
     text = f"{value:.3f}"
     return ("0.000" if text == "-0.000" else text).replace("-", "−")
 
@@ -224,13 +224,13 @@ def table_json(rows: Sequence[Row], settings: Mapping[str, Any]) -> str:
 
 
 def table_markdown(rows: Sequence[Row]) -> str:
-    """A table for a README: means, with the intervals of ID; controls in italics."""
+    """A table for a README: means, with the intervals of ID and how many images fewer than all have; controls in italics."""
     columns = [(group, column) for group in groups_in(rows) for column in group.columns]
     short = {"rank protocol": "rank: ", "threshold protocol (published)": "threshold: ", "localisation": "object: "}
-    heads = [f"{short.get(group.heading, '')}{column.heading}" for group, column in columns]
+    heads = [f"{short.get(group.heading, '')}{column.heading}" for group, column in columns] or [""]
     lines = [["method", *heads], [":--", *["--:"] * len(heads)]]
     for row in rows:
-        cells = [_markdown_cell(column.key, row.intervals.get(column.key)) for _, column in columns]
+        cells = [_markdown_cell(column.key, row.intervals.get(column.key)) for _, column in columns] or [""]
         if row.reason:
             cells[0] = f"failed: {_inert(row.reason)}"
         lines.append([f"*{_inert(row.name)}*" if row.control else _inert(row.name), *cells])
@@ -240,8 +240,8 @@ def table_markdown(rows: Sequence[Row]) -> str:
 def _markdown_cell(key: str, interval: Interval | None) -> str:
     if interval is None or interval.count == 0:
         return ""
-    mean = number(key, interval.mean)
-    return f"{mean} {span(key, interval)}".strip() if key.endswith("_id") else mean
+    ends = span(key, interval) if key.endswith("_id") else ""
+    return " ".join(filter(None, (number(key, interval.mean), ends, f"of {interval.count}" if interval.missing else "")))
 
 
 def _inert(text: str) -> str:
