@@ -33,7 +33,8 @@ def curves_figure(scores: Sequence[MethodScores], controls: Collection[str], pro
         better = "higher is better" if kind == "insertion" else "lower is better"
         axes.set_title(f"{kind}, {protocol} ({better})", fontsize=10.5, loc="left")
         if row == 1:
-            axes.set_xlabel("share of patches shown or removed, without ties")
+            ties = ", were there no ties" if protocol == "threshold" else ""
+            axes.set_xlabel(f"share of patches shown or removed{ties}")
         if column == 0:
             axes.set_ylabel("probability of the class")
     _legend(figure, panels[0][0])
