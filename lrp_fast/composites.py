@@ -314,6 +314,9 @@ def epsilon_alpha2_beta1_flat() -> Composite:
 def epsilon_gamma_box(
     gamma: float = 0.25, low: float | Sequence[float] | None = None, high: float | Sequence[float] | None = None
 ) -> Composite:
-    """zennit's ``EpsilonGammaBox``; ``low`` and ``high`` as in :func:`lrp_fast.rules.ZBox`."""
+    """zennit's ``EpsilonGammaBox``; ``low`` and ``high`` as in :func:`lrp_fast.rules.ZBox`.
+
+    Of a network whose first layer is none of convolution, zennit's has no box.
+    """
     description = "gamma 0.25 in convolutions, z-box in the first, epsilon in linear layers"
     return _zennit("epsilon_gamma_box", description, Gamma(gamma), ZBox(low, high))

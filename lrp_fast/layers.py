@@ -146,15 +146,23 @@ class Linear(Layer, ABC):
 
 @dataclass(frozen=True)
 class Convolution(Linear):
-    """Convolution over 1 to 3 spatial dimensions, weight (out, in / groups, *kernel), zero padding."""
+    """Convolution over 1 to 3 spatial dimensions, weight (out, in / groups, *kernel), zero padding.
+
+    ``extra``: zeros beyond ``padding`` at the end of each dimension, as ``padding="same"`` needs them for even kernels.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    extra: tuple[int, ...] = ()
+
+    def padded(self, x: Tensor) -> Tensor:
+        """``x`` with the zeros that it has at one end alone."""
+        return F.pad(x, [n for amount in reversed(self.extra) for n in (0, amount)]) if any(self.extra) else x
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        none = (0,) * len(self.stride)
+        x, none = self.padded(x), (0,) * len(self.stride)
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups)
 
 
@@ -268,7 +276,10 @@ class AveragePool(Average):
         geometry = (self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
         if len(self.kernel) == 1:
             return F.avg_pool1d(x, *geometry)
-        return (F.avg_pool2d if len(self.kernel) == 2 else F.avg_pool3d)(x, *geometry, self.divisor)
+        if len(self.kernel) == 2:
+            return F.avg_pool2d(x, *geometry, self.divisor)
+        wide = x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x  # where torch has none in bfloat16
+        return F.avg_pool3d(wide, *geometry, self.divisor).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,9 @@ def _given_start(start: object, output: Tensor, targets: Targets) -> Start:
             "a start relevance given as a tensor or function covers all classes itself; give no target with it"
         )
     given = start(output) if callable(start) else start
-    if not isinstance(given, Tensor):
-        raise TypeError(f"expected the start as a name, a tensor N x classes or a function giving one, got {given!r}")
+    if not isinstance(given, Tensor) or given.is_complex():
+        got = f"a {given.dtype} tensor" if isinstance(given, Tensor) else repr(given)
+        raise TypeError(f"expected the start as a name, a real tensor N x classes or a function giving one, got {got}")
     shape = tuple(output.shape)
     if given.ndim not in (2, 3) or (given.shape[0], given.shape[-1]) != shape:
         raise ValueError(f"expected a start relevance of shape {shape} or N x K x classes, got {tuple(given.shape)}")

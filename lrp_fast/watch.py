@@ -6,7 +6,7 @@ Asked before every explanation, so through the tables of modules, which take a t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -21,6 +21,9 @@ from lrp_fast.plan import Plan
 _CONSTANTS = (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, MethodType)
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
 """What torch keeps in every module: tensors, children and hooks, which are looked at by themselves."""
+Place = tuple[dict[str, Any], str]
+"""A module's table of parameters or buffers, and a name in it."""
+
 _steps = WeakTensorKeyDictionary()
 """How many steps of optimizers that torch does not count as writes a tensor has taken."""
 
@@ -37,6 +40,7 @@ class Watch:
         tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
         self._absent = [(table, name) for table in tables for name, value in table.items() if value is None]
         self._places = _places(model, plan) + _counters(model, plan)
+        self._tied = _tied(tables)
 
     def changed(self) -> bool:
         """Whether a trace might find something else than it did."""
@@ -54,7 +58,8 @@ class Watch:
         except (KeyError, RuntimeError, ValueError):  # a setting is gone, or an array now, which is not compared as a whole
             return True
         come = any(table.get(name) is not None for table, name in self._absent)
-        return come or any(table.get(name) is None for _, table, name in self._places)
+        apart = any(table.get(name) is not other.get(its) for (table, name), (other, its) in self._tied)
+        return come or apart or any(table.get(name) is None for _, table, name in self._places)
 
     def state(self) -> list[tuple[int, int, torch.Size]]:
         """Where each tensor lies, how often it was written to, which inference tensors do not count, and its shape.
@@ -119,6 +124,19 @@ def _places(model: nn.Module, plan: Plan) -> list[tuple[str, dict[str, Any], str
             table = module._parameters if module._parameters.get(name) is not None else module._buffers
             places.append((f"{path}.{name}" if path else name, table, name))
     return places
+
+
+def _tied(tables: Sequence[dict[str, Any]]) -> list[tuple[Place, Place]]:
+    """Pairs of places that hold one tensor: a plan names it once, whichever of them the forward reads."""
+    first: dict[int, Place] = {}
+    tied = []
+    for table in tables:
+        for name, value in table.items():
+            place = table, name
+            before = first.setdefault(id(value), place)
+            if value is not None and before is not place:
+                tied.append((before, place))
+    return tied
 
 
 def _counters(model: nn.Module, plan: Plan) -> list[tuple[str, dict[str, Any], str]]:

@@ -213,6 +213,40 @@ def test_a_module_called_twice_is_one_layer_to_its_user() -> None:
     assert second == {"conv": Epsilon(), "conv:1": Gamma(0.5), "fc": Epsilon()}
 
 
+class Standardized(nn.Conv2d):
+    """A convolution of a class of its own."""
+
+
+class Functional(nn.Module):
+    """A layer whose forward is a function of its own weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight).relu()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fitting"),
+    [(nn.Conv2d, {"0", "4"}), (Standardized, {"0"}), ("0", {"0"}), (Functional, {"2"}), ("2", {"2"}), ("*", {"0", "2", "4", "6"})],
+)  # fmt: skip
+def test_rules_find_modules_of_classes_that_torch_does_not_know(pattern: str | type, fitting: set[str]) -> None:
+    model = nn.Sequential(
+        Standardized(3, 4, 3),
+        nn.ReLU(),
+        Functional(),
+        nn.Identity(),
+        nn.Conv2d(4, 4, 1),
+        nn.Flatten(),
+        nn.Linear(64, 2),
+    )
+    found = rules_of(model.eval(), Composite.named("epsilon").with_rule(pattern, Gamma(0.125)))
+    assert {name for name, rule in found.items() if rule == Gamma(0.125)} == fitting
+    assert LRP(model).explain(torch.randn(2, 3, 8, 8), layers=("0", "2")).layers["2"].shape == (2, 4, 4, 4)
+
+
 @pytest.mark.parametrize("pattern", ["layer3.*", "layer1", "bn1", nn.Conv3d])
 def test_a_rule_that_fits_nothing_is_an_error(pattern: str | type) -> None:
     composite = Composite.named("epsilon_plus").with_rule(pattern, Gamma())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import logging
 import math
@@ -24,8 +25,9 @@ from torch.nn.utils import prune
 
 from lrp_fast import LRP, Composite, Splits, TraceError, heat_quantize, list_composites
 from lrp_fast.engine import Program
-from lrp_fast.rules import Epsilon, Gamma
+from lrp_fast.rules import WHOLE, Epsilon, Gamma, Group, Product, Rule, Stabilizer
 from lrp_fast.runners import RecordedRunner
+from lrp_fast.splits import Split
 from networks import CifarResNet, calibrated, relative_error
 
 SIDE = 32
@@ -999,6 +1001,20 @@ class TestErrors:
             explainer.explain(images, start=lambda output: "all")  # type: ignore[arg-type,return-value]
         with pytest.raises(ValueError, match="not finite"):
             explainer.explain(images, start=torch.full((4, 10), float("nan")))
+        with pytest.raises(TypeError, match=r"a real tensor N x classes .* got a torch\.complex64 tensor"):
+            explainer.explain(images, start=torch.ones(4, 10, dtype=torch.complex64))
+
+    def test_rules_and_splits_of_ones_own(self, model: nn.Module, images: Tensor) -> None:
+        given = Split("given", "numbers", False, True, lambda residual, skip: (1, 0))
+        expected = LRP(model, split="residual-only").explain(images).heatmap
+        assert relative_error(LRP(model, split=given).explain(images).heatmap, expected) <= 1e-6
+        other = dataclasses.replace(given, name="ratio")
+        for backend, call in (("reference", "explain"), ("torch", "audit")):
+            with pytest.raises(ValueError, match="an equation for the split 'ratio', but this is another"):
+                getattr(LRP(model, split=other, backend=backend), call)(images)
+        doubled = Rule("doubled", (), (Group((Product("x", WHOLE, 2.0),), bias=WHOLE),), Stabilizer(1e-6))
+        with pytest.raises(ValueError, match="the rule doubled has a bias, so it needs a product with the coefficient 1"):
+            LRP(model, Composite.named("epsilon").with_rule(nn.Linear, doubled)).explain(images)
 
     def test_layers(self, model: nn.Module, images: Tensor) -> None:
         with pytest.raises(ValueError, match=r"'blocks\.7'.*blocks\.0"):

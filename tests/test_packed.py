@@ -165,6 +165,21 @@ def test_negative_products_are_the_rest(rule: Rule, biased: bool, relu: bool) ->
         assert relative_error(gate[:, some], expected[:, some]) <= 1e-4
 
 
+def test_faint_negative_products_have_a_convolution() -> None:
+    """The difference of two large sums would leave them no digits."""
+    layer = Convolution("weight", None, None, (1, 1), (1, 1), (1, 1), 1)
+    weight = torch.randn(9, 6, 3, 3)
+    weight[4] = torch.where(weight[4] < 0, 1e-4 * weight[4], weight[4])
+    x = torch.rand(2, 6, 9, 7).contiguous(memory_format=torch.channels_last)
+    whole = LinearOperation(layer, AlphaBeta(2.0, 1.0), True, {"weight": weight}, True, torch.float32, "layer")
+    operation = whole.placed(tuple(x.shape), (2, 9, 9, 7), True, True)
+    assert operation.packed is not None
+    assert (len(operation.packed.forward), operation.packed.derived) == (3, {})
+    _, z, output = operation.forward(x, True)
+    expected = 1 / (layer.apply(x.double(), weight.double().clamp(max=0)) - 1e-6)
+    assert relative_error(operation.gates(z, output, 1.0).groups[1], expected) <= 1e-5
+
+
 def test_in_bfloat16_each_product_has_a_convolution() -> None:
     layer = Convolution("weight", None, None, (1, 1), (1, 1), (1, 1), 1)
     if not packs(layer, torch.device("cpu"), torch.bfloat16):

@@ -58,6 +58,7 @@ class Geometry:
     padding: int | tuple[int, ...] = 0
     dilation: int | tuple[int, ...] = 1
     groups: int = 1
+    extra: tuple[int, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -75,7 +76,7 @@ class Geometry:
             value if isinstance(value, tuple) else (value,) * len(self.kernel)
             for value in (self.stride, self.padding, self.dilation)
         )
-        return Convolution("weight", named, norm, stride, padding, dilation, self.groups)
+        return Convolution("weight", named, norm, stride, padding, dilation, self.groups, self.extra)
 
 
 GEOMETRIES = {
@@ -86,6 +87,7 @@ GEOMETRIES = {
     "2d grouped dilated": Geometry((4, 4), (6, 5), (2, 2), padding=1, dilation=2, groups=2),
     "2d depthwise": Geometry((3, 6), (5, 5), (3, 3), stride=2, padding=1, groups=3),
     "2d pointwise strided": Geometry((4, 3), (5, 4), (1, 1), stride=2),
+    "2d padded at the end": Geometry((4, 4), (5, 4), (4, 2), padding=(1, 0), groups=2, extra=(1, 1)),
     "2d windows in the padding": Geometry((2, 3), (3, 4), (1, 1), padding=1),
     "3d grouped": Geometry((2, 4), (3, 4, 3), (2, 2, 2), stride=(1, 2, 1), padding=(0, 1, 0), groups=2),
     "dense": Geometry((7, 5), ()),

@@ -603,6 +603,28 @@ def test_network_of_any_dimension_in_bfloat16(dimensions: int) -> None:
     assert relative_error(got, plain) <= 0.1
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(8, 16, (3, 7), (1, 2), (0, 1), (2, 1), groups=8), (2, 4, 6, 5)),
+        (nn.Conv3d(4, 8, (3, 3, 7), (2, 1, 4), (3, 2, 1), groups=4), (3, 4, 1, 2, 6)),
+        (nn.AvgPool3d(2), (2, 4, 4, 5, 4)),
+    ],
+    ids=["wide and depthwise", "volumes and depthwise", "mean over volumes"],
+)
+def test_what_torch_cannot_do_in_bfloat16(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """Garbage from a CPU's grouped convolutions with channels last, and no average pool of volumes."""
+    channels = getattr(layer, "in_channels", 4)
+    first = nn.Conv2d(4, channels, 1) if len(shape) == 4 else nn.Conv3d(4, channels, 1)
+    model = nn.Sequential(first, nn.ReLU(), layer, nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)).eval()
+    x = torch.randn(shape)
+    model(x)
+    for name in ("otsuki2024", "epsilon_plus_flat", "epsilon_alpha2_beta1"):
+        expected = LRP(model, name, backend="reference").explain(x, 1, start="one").heatmap
+        got = LRP(model, name, dtype=torch.bfloat16).explain(x, 1, start="one").heatmap
+        assert relative_error(got, expected) <= 0.1
+
+
 @pytest.mark.parametrize("name", list_composites())
 def test_network_under_each_composite(name: str) -> None:
     composite = Composite.named(name)

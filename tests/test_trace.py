@@ -547,6 +547,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "frozen batch norm": lambda: nn.Sequential(nn.Conv2d(4, 6, 3), torchvision.ops.FrozenBatchNorm2d(6, eps=0.1)),
     "same, odd": lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2),
     "same, even": lambda: nn.Conv2d(4, 6, (4, 2), padding="same", dilation=(1, 3)),
+    # Of channels last, torch's own convolution dies of it on a CPU: 1 × 1, dilated, with a window in the padding.
+    "one element, dilated": lambda: nn.Conv2d(4, 6, 1, (4, 2), 1, (1, 3)),
     "valid, grouped": lambda: nn.Conv2d(4, 6, 2, padding="valid", groups=2, stride=2),
     "pool": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
     "pool, divisor": lambda: nn.AvgPool2d(2, divisor_override=3),

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lrp_fast import LRP
 from lrp_fast.trace import trace
 from lrp_fast.watch import Watch, parameter_table
+from networks import relative_error
 
 
 class Net(nn.Module):
@@ -101,6 +103,32 @@ def test_a_change_is_seen(name: str) -> None:
     assert not watch.changed()
     CHANGES[name](model)
     assert watch.changed()
+
+
+class Tied(nn.Module):
+    """One weight under two names; its forward reads the second, torch.fx records the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.rand(4, 3, 3, 3))
+        self.other = self.one
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.conv2d(x, self.other).relu().mean((2, 3)))
+
+
+def test_a_weight_that_is_tied_no_longer_is_seen() -> None:
+    model, images = Tied().eval(), torch.rand(2, 3, 6, 6)
+    explainer = LRP(model)
+    before = explainer.explain(images).heatmap
+    model.other = nn.Parameter(torch.rand(4, 3, 3, 3))
+    after = explainer.explain(images).heatmap
+    assert relative_error(after, LRP(model).explain(images).heatmap) == 0
+    assert relative_error(after, before) > 0.01
+    with torch.no_grad():
+        model.other.mul_(2)
+    assert relative_error(explainer.explain(images).output, model(images).detach()) <= 1e-5
 
 
 PASSED: dict[str, Callable[[Any], object]] = {

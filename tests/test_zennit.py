@@ -26,10 +26,21 @@ COMPOSITES = {
     "epsilon_alpha2_beta1_flat": "EpsilonAlpha2Beta1Flat",
     "epsilon_gamma_box": "EpsilonGammaBox",
 }
+
+
+def even_kernels() -> nn.Module:
+    """Convolutions whose input is padded at one end alone, or more than at the other."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, (4, 2), padding="same"), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 2, padding="same", dilation=3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    )  # fmt: skip
+
+
 NETWORKS = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), ResNetCanonizer),
     "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), ResNetCanonizer),
     "vgg": (vgg, SequentialMergeBatchNorm),
+    "even kernels": (even_kernels, SequentialMergeBatchNorm),
 }
 
 # Black and white in the units of ImageNet's normalisation, which is what our z-box defaults to.
@@ -64,7 +75,7 @@ def networks() -> dict[str, nn.Module]:
         return {name: calibrated(make(), 2) for name, (make, _) in NETWORKS.items()}
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # zennit's hooks on inputs
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # zennit's hooks on inputs, 'same' for even kernels
 @pytest.mark.parametrize("composite", COMPOSITES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_map(networks: dict[str, nn.Module], name: str, composite: str) -> None:

@@ -15,7 +15,7 @@ from lrp_fast.layers import Shape
 
 def times(relevance: Tensor, gate: Tensor | float) -> Tensor:
     """``relevance · gate`` where relevance may hold several maps of each of the gate's rows, one after another."""
-    if isinstance(gate, float) or gate.shape[0] in (1, relevance.shape[0]):
+    if isinstance(gate, (int, float)) or gate.shape[0] in (1, relevance.shape[0]):
         return relevance * gate
     return (relevance.unflatten(0, (-1, gate.shape[0])) * gate).flatten(0, 1)
 

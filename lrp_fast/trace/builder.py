@@ -116,9 +116,8 @@ class Builder:
             and not isinstance(layer, (Linear, BatchNorm))
             and all(self.steps[step].nonnegative for step in steps)
         )
-        is_module = self.node is not None and self.node.op == "call_module" and isinstance(layer, MODULE_LAYERS)
-        module_type = type(self.modules[self.path]) if is_module else None
-        unique = self._unique(name or self._name())
+        module_type = type(self.modules[self.path]) if self._is_module(layer) else None
+        unique = self._unique(name or self._name(layer))
         self.steps.append(Step(unique, operation or self.operation, layer, steps, nonnegative, module_type))
         return self.tensor(len(self.steps) - 1, sources[0].memory if isinstance(layer, (Reshape, Slice)) else object())
 
@@ -127,10 +126,18 @@ class Builder:
         self.tensors.append(TracedTensor(step, memory))
         return self.tensors[-1]
 
-    def _name(self) -> str:
+    def _is_module(self, layer: Layer) -> bool:
+        """Whether a layer is what a module does: one that is called, or whose own weight its forward uses."""
+        assert self.node is not None
+        called = self.node.op == "call_module" and isinstance(layer, MODULE_LAYERS)
+        return called or (isinstance(layer, Linear) and bool(self.path) and layer.weight == f"{self.path}.weight")
+
+    def _name(self, layer: Layer) -> str:
         assert self.node is not None
         if self.node.op == "call_module":
             return str(self.node.target)
+        if self._is_module(layer):
+            return self.path
         return f"{self.path}.{self.operation}" if self.path else self.operation
 
     def _unique(self, name: str) -> str:

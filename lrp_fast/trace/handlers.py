@@ -54,20 +54,18 @@ def _module_path(builder: Builder, module: nn.Module, name: str) -> str | None:
 
 def _convolve(
     builder: Builder, dimensions: int, x: TracedTensor, weight: str, bias: str | None,
-    stride: Any, padding: Any, dilation: Any, groups: int, kernel: tuple[int, ...] | None,
+    stride: Any, padding: Any, dilation: Any, groups: int,
 ) -> TracedTensor:  # fmt: skip
-    dilation, stride = _tuple(dilation, dimensions), _tuple(stride, dimensions)
+    kernel = tuple(operator.attrgetter(weight)(builder.model).shape[2:])
+    stride, extra = _tuple(stride, dimensions), (0,) * dimensions
+    # Where a kernel has one element a dilation means nothing, and torch's convolutions of images die of some.
+    dilation = tuple(d if k > 1 else 1 for d, k in zip(_tuple(dilation, dimensions), kernel, strict=True))
     if padding == "valid":
         padding = 0
     if padding == "same":
-        if kernel is None:
-            kernel = tuple(operator.attrgetter(weight)(builder.model).shape[2:])
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        padding = tuple(total // 2 for total in totals)
-        if any(total % 2 for total in totals):
-            extra = tuple(amount for total in reversed(totals) for amount in (0, total % 2))
-            x = builder.add(Pad(extra), (x,), "pad", f"{builder.path}.pad".lstrip("."))
-    layer = Convolution(weight, bias, None, stride, _tuple(padding, dimensions), dilation, groups)
+        padding, extra = tuple(total // 2 for total in totals), tuple(total % 2 for total in totals)
+    layer = Convolution(weight, bias, None, stride, _tuple(padding, dimensions), dilation, groups, extra)
     return builder.add(layer, (x,))
 
 
@@ -78,7 +76,7 @@ def _convolution_module(builder: Builder, module: Any, x: TracedTensor) -> Trace
     assert weight is not None
     return _convolve(
         builder, len(module.kernel_size), x, weight, bias,
-        module.stride, module.padding, module.dilation, module.groups, module.kernel_size,
+        module.stride, module.padding, module.dilation, module.groups,
     )  # fmt: skip
 
 
@@ -90,7 +88,7 @@ def _convolution_function(dimensions: int) -> Callable[..., TracedTensor]:
         path = _parameter_path(builder, weight)
         assert path is not None
         return _convolve(
-            builder, dimensions, input, path, _parameter_path(builder, bias), stride, padding, dilation, groups, None
+            builder, dimensions, input, path, _parameter_path(builder, bias), stride, padding, dilation, groups
         )
 
     return handle

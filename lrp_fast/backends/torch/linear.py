@@ -37,6 +37,9 @@ from lrp_fast.rules import (
     ZeroGuard,
 )
 
+FAINT = 0.01
+"""Negative weights of so small a share of a channel's positive ones are no difference of sums."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -165,14 +168,15 @@ class LinearOperation:
 
     def _terms(self, index: int, nonnegative: bool) -> list[tuple[Term, float]]:
         group = self.rule.groups[index]
-        bias = group.bias if self._biased else None
+        products = [product for product in group.products if not (nonnegative and product.input == "x-")]
+        whole = next((product for product in products if product.coefficient == 1.0), None)
+        if group.bias is not None and self._biased and whole is None:
+            raise ValueError(f"the rule {self.rule.name} has a bias, so it needs a product with the coefficient 1 beside it")
         terms = []
-        for product in group.products:
-            if nonnegative and product.input == "x-":
-                continue
+        for product in products:
             part: InputPart = "x" if nonnegative and product.input == "x+" else product.input
+            bias = group.bias if self._biased and product is whole else None
             terms.append((Term(part, self.shared, product.weight, bias), product.coefficient))
-            bias = None
         return terms
 
     def _whole(self, own: bool) -> Term:
@@ -435,7 +439,7 @@ class LinearOperation:
         else:
             present = self.live.unflatten(1, (groups, -1)).mean(2)
         geometry = (layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.stride), groups)
-        return torch.convolution(present, self.window, None, *geometry) * (shape[0] // groups)
+        return torch.convolution(layer.padded(present), self.window, None, *geometry) * (shape[0] // groups)
 
     def _box(self, s: Tensor, shape: Shape, heatmap: bool, count: Tensor | None = None) -> Tensor:
         """The transposed map of all-one weights: one channel for each group, repeated."""
@@ -511,13 +515,17 @@ def _derived(operation: LinearOperation, epsilon: float) -> dict[Term, tuple[Ter
 
     ``epsilon``: what the positive ones hold of it, and with it the difference, of which more than −ε is rounding: rounding
     in float32 of the larger two, which costs the β share of units whose negative products are small beside their positive
-    ones some digits, and nobody else. In bfloat16 it would cost all of them.
+    ones some digits, and nobody else; not done where the weights of a channel alone make them so. In bfloat16 it would cost all
+    digits.
     """
     own = operation.own
     bias = (None, None) if own.bias is None else (POSITIVE, NEGATIVE)
     plus, minus = (Term(own.input, own.own, part, b) for part, b in zip((POSITIVE, NEGATIVE), bias, strict=True))
-    there = {own, plus, minus} <= set(operation.evaluated)
-    return {minus: (own, plus, -epsilon)} if there and operation.dtype == torch.float32 else {}
+    if operation.dtype != torch.float32 or not {own, plus, minus} <= set(operation.evaluated):
+        return {}
+    positive, negative = (operation.weight(term).abs().flatten(1).sum(1) for term in (plus, minus))
+    faint = (negative > 0) & (negative < FAINT * positive)
+    return {} if bool(faint.any()) else {minus: (own, plus, -epsilon)}
 
 
 def _sign(term: Term, stabilizer: Stabilizer | ZeroGuard, operation: LinearOperation) -> int:
@@ -560,6 +568,10 @@ def _combine(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 def transposed_convolution(s: Tensor, weight: Tensor, layer: Convolution, shape: Shape, groups: int) -> Tensor:
     """``Aᵀ(s, weight)`` onto an input of ``shape`` (channels, *spatial), for a convolution's geometry."""
-    geometry = zip(shape[1:], s.shape[2:], layer.stride, layer.padding, layer.dilation, weight.shape[2:], strict=True)
+    sizes = [n + extra for n, extra in zip(shape[1:], layer.extra or (0,) * (len(shape) - 1), strict=True)]
+    geometry = zip(sizes, s.shape[2:], layer.stride, layer.padding, layer.dilation, weight.shape[2:], strict=True)
     rest = tuple(n - ((m - 1) * st - 2 * p + d * (k - 1) + 1) for n, m, st, p, d, k in geometry)
-    return torch.convolution(s, weight, None, layer.stride, layer.padding, layer.dilation, True, rest, groups)
+    r = torch.convolution(s, weight, None, layer.stride, layer.padding, layer.dilation, True, rest, groups)
+    for axis, extra in enumerate(layer.extra, 2):
+        r = r.narrow(axis, 0, r.shape[axis] - extra) if extra else r  # without what fell on the extra zeros
+    return r

@@ -24,7 +24,7 @@ FEW_CHANNELS = 4
 
 def packs(layer: Convolution, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN packs this layer's weights here."""
-    if device.type != "cpu" or len(layer.stride) != 2 or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or len(layer.stride) != 2 or any(layer.extra) or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

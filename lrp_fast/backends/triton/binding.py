@@ -124,6 +124,8 @@ def _serve_linear(
         return "a linear layer is too small to gain"
     if len(layer.stride) != 2:
         return "not a two-dimensional convolution"
+    if any(layer.extra):
+        return "its input is padded further at one end"
     if operation.live is not None:
         return "its zero-guard leaves out padding"
     denominators = denominators_of(operation)
