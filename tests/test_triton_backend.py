@@ -404,6 +404,18 @@ def test_what_has_no_kernel_runs_in_torch_and_says_why(images: Tensor) -> None:
     assert explainer.describe() == explainer.describe(SHAPE)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("composite", ["otsuki2024", "conserving", "epsilon_gamma_box"])
+def test_a_convolution_padded_at_one_end_runs_in_torch(images: Tensor, composite: str) -> None:
+    model = calibrated(CifarResNet(blocks=1), 5, SHAPE)
+    model.blocks[0].conv1 = nn.Conv2d(16, 16, (4, 2), padding="same")
+    error, launched = compared(model.to(DEVICE).eval(), images, composite)
+    assert error <= bound(composite)
+    assert launched["gate"] > 0
+    table = LRP(model, composite, backend="triton").describe(SHAPE)
+    assert "torch: its input is padded further at one end" in table
+
+
 def test_several_targets_and_layers(model: nn.Module, images: Tensor) -> None:
     names = ("bn1", "layer1.0", "layer1.1", "layer2.0.branch.4", "layer3.1.branch.1", "layer3.0")
     target = torch.randint(7, (len(images), 2), device=DEVICE)
