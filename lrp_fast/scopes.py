@@ -44,6 +44,26 @@ def interruptions_heard_by(told: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
+def interrupted_between() -> Iterator[Callable[[], None]]:
+    """Have Ctrl-C interrupt only where what this gives is called; a second one at once.
+
+    Where a library calls Python back, as HDF5's does whenever it lets go of something, an interruption would be dropped.
+    """
+    heard: list[bool] = []
+
+    def pause() -> None:
+        if heard:
+            raise KeyboardInterrupt
+
+    def told() -> None:
+        pause()
+        heard.append(True)
+
+    with interruptions_heard_by(told):
+        yield pause
+
+
+@contextmanager
 def float32_precision(tf32: bool) -> Iterator[None]:
     """Run float32 convolutions and products in full precision, or in TF32 on a GPU if ``tf32``, and by the same steps each time.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from test_composites import SmallResNet
 from torch import Tensor
 
 from lrp_fast import LRP, scopes
-from lrp_fast.scopes import float32_precision
+from lrp_fast.scopes import float32_precision, interrupted_between
 
 backends: Any = torch.backends
 SETTINGS = {
@@ -118,7 +119,7 @@ def test_what_nobody_chose_still_follows_what_is_chosen_later() -> None:
     """In a process where nothing was set yet: what is read once and written back is chosen for good."""
     program = """
 import torch
-from lrp_fast.scopes import float32_precision
+from lrp_fast.scopes import float32_precision, interrupted_between
 {}
 torch.backends.fp32_precision = "ieee"
 print(torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
@@ -220,3 +221,24 @@ def test_a_callers_low_precision_does_not_reach_the_map() -> None:
     assert torch.equal(before.heatmap, after.heatmap)
     assert torch.equal(before.output, after.output)
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_interruptions_wait_for_a_pause_but_only_one(twice: bool) -> None:
+    reached = []
+
+    def work() -> None:
+        with interrupted_between() as pause:
+            pause()
+            signal.raise_signal(signal.SIGINT)
+            reached.append("behind the first")
+            if twice:
+                signal.raise_signal(signal.SIGINT)
+                reached.append("behind the second")
+            pause()
+            reached.append("behind the pause")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == ["behind the first"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

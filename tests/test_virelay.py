@@ -6,12 +6,14 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 import venv
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,32 @@ def pictures(tmp_path: Path) -> Source:
         height, width = generator.integers(13, 30, 2)
         Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
     return FileSource("folder", paths, [f"{index}" for index in range(11)], [index % 3 for index in range(11)], CLASSES)
+
+
+def test_an_interruption_that_hdf5_would_drop_ends_the_export(
+    pictures: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HDF5's library has Python called wherever it lets go of something, and what is raised there goes nowhere."""
+    monkeypatch.setattr(selection, "SLICE_SAMPLES", 3)
+    store = write_store(tmp_path / "store", 11, source=pictures, labels=pictures.labels.tolist())
+    counts = []
+
+    class Held:
+        pass
+
+    def interrupt(count: int, total: int) -> None:
+        counts.append(count)
+        if len(counts) == 1:
+            held = Held()
+            reference = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGINT))
+            del held
+            assert reference() is None
+
+    with pytest.raises(KeyboardInterrupt):
+        export_store(store, "virelay", tmp_path / "out", source=pictures, on_progress=interrupt)
+    assert counts == [3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "pictures"}
 
 
 def test_the_files_of_a_project(pictures: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

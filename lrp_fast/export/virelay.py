@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from lrp_fast.data import Source
 from lrp_fast.images import ImageError, Preprocessing, decode_image
+from lrp_fast.scopes import interrupted_between
 from lrp_fast.store import CHANNELS
 
 from .analysis import Analysis
@@ -69,15 +70,22 @@ class ViRelAy(Format):
         pictures = _Pictures(selection, self.source) if self.source is not None else None
         analysis = Analysis(selection, numbering)
         place.mkdir()
-        with h5py.File(place / ATTRIBUTION, "w") as attributions, h5py.File(place / DATASET, "w") as dataset:
+        with (
+            interrupted_between() as pause,
+            h5py.File(place / ATTRIBUTION, "w") as attributions,
+            h5py.File(place / DATASET, "w") as dataset,
+        ):
             _create_attributions(h5py, attributions, selection, channels, numbering)
             _create_dataset(dataset, selection, numbering)
             for samples in selection.slices(channels):
+                pause()
                 _write_attributions(attributions, samples)
                 analysis.add(samples)
-                if pictures is not None:
-                    for row, picture in enumerate(pictures.read(samples), samples.first):
-                        dataset["data"][row] = picture
+                pause()
+                for row, picture in enumerate(pictures.read(samples) if pictures is not None else (), samples.first):
+                    dataset["data"][row] = picture
+                    pause()
+            pause()
         with h5py.File(place / ANALYSIS, "w") as file:
             analysis.write(file)
         (place / LABELS).write_text(json.dumps(_label_map(numbering), indent=1), encoding="utf-8")
