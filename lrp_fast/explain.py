@@ -26,7 +26,7 @@ from lrp_fast.memory import is_out_of_memory, keep_freed_memory
 from lrp_fast.plan import TraceError, Unit
 from lrp_fast.runners import RecordedRunner, Runner, keep_latest
 from lrp_fast.scopes import current_device, float32_precision
-from lrp_fast.splits import Split, Splits, get_split, list_splits
+from lrp_fast.splits import Split, Splits, is_known, list_splits
 from lrp_fast.starts import Start, StartArgument, Target, Targets
 from lrp_fast.trace import restored, trace
 from lrp_fast.watch import Watch, hooked, parameter_table
@@ -455,7 +455,7 @@ class LRP:
     ) -> reference.ReferenceResult:
         for assignment in self._assignments:
             split = assignment.split
-            if split is not None and split.name in list_splits() and split != get_split(split.name):
+            if split is not None and split.name in list_splits() and not is_known(split):
                 raise ValueError(f"the reference has an equation for the split {split.name!r}, but this is another of that name")
         fold = self.composite.batch_norm
         return reference.backward(self.plan, double, self._assignments, fold, values, start)
@@ -507,7 +507,9 @@ class LRP:
         if not same and not bool(finite.all()):
             raise TraceError(f"the model's own logits are not finite (NaN or infinity) on image {place}")
         if not same:
-            coarse = ", or bfloat16 is too coarse for it (then give dtype=torch.float32)" * (self.dtype == torch.bfloat16)
+            coarse = ""
+            if self.dtype == torch.bfloat16:
+                coarse = ", or bfloat16 is too coarse for it (then give dtype=torch.float32)"
             raise TraceError(
                 f"the logits of what was traced are not the model's: off by {error:.1%} on image {place}. Either its forward "
                 "decides by what a trace cannot see (types, values or gradients), or an object that it reads has changed "

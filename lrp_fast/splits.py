@@ -103,6 +103,11 @@ def get_split(split: str | Split) -> Split:
     return found
 
 
+def is_known(split: Split) -> bool:
+    """Whether a split is one of the known ones, and not merely called like one."""
+    return _BY_NAME.get(split.name) == split
+
+
 def as_splits(split: str | Split | Splits) -> Splits:
     """``Splits`` from what a caller may write: a name, a ``Split``, or ``Splits`` itself."""
     return split if isinstance(split, Splits) else Splits(split, split)

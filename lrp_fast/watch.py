@@ -130,12 +130,11 @@ def _tied(tables: Sequence[dict[str, Any]]) -> list[tuple[Place, Place]]:
     """Pairs of places that hold one tensor: a plan names it once, whichever of them the forward reads."""
     first: dict[int, Place] = {}
     tied = []
-    for table in tables:
-        for name, value in table.items():
-            place = table, name
-            before = first.setdefault(id(value), place)
-            if value is not None and before is not place:
-                tied.append((before, place))
+    for place in ((table, name) for table in tables for name, value in table.items() if value is not None):
+        table, name = place
+        before = first.setdefault(id(table[name]), place)
+        if before is not place:
+            tied.append((before, place))
     return tied
 
 

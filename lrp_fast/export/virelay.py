@@ -78,7 +78,6 @@ class ViRelAy(Format):
             _create_attributions(h5py, attributions, selection, channels, numbering)
             _create_dataset(dataset, selection, numbering)
             for samples in selection.slices(channels):
-                pause()
                 _write_attributions(attributions, samples)
                 analysis.add(samples)
                 pause()

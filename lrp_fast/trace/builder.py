@@ -92,7 +92,7 @@ class Builder:
     def live(self, tensor: Any) -> TracedTensor:
         """``tensor``, checked to be one of the network that nobody changed behind its back."""
         if not isinstance(tensor, TracedTensor):
-            raise self.unsupported(f"no relevance rule for an operand that is {describe(tensor)}")
+            raise self.unsupported(f"no relevance rule for an operand that is {_describe(tensor)}")
         if tensor.stale:
             name = self.steps[tensor.step].name
             raise self.unsupported(f"an operand ({name}) whose memory was changed in place through another view of it")
@@ -109,15 +109,16 @@ class Builder:
         sources = [self.live(tensor) for tensor in inputs]
         for value in arguments_of(layer):
             if isinstance(value, (TracedTensor, TracedParameter, Ignored)):
-                raise self.unsupported(f"no relevance rule for an argument that is {describe(value)}")
+                raise self.unsupported(f"no relevance rule for an argument that is {_describe(value)}")
         steps = tuple(tensor.step for tensor in sources)
         nonnegative = isinstance(layer, ReLU) or (
             bool(steps)
             and not isinstance(layer, (Linear, BatchNorm))
             and all(self.steps[step].nonnegative for step in steps)
         )
-        module_type = type(self.modules[self.path]) if self._is_module(layer) else None
-        unique = self._unique(name or self._name(layer))
+        is_module = self._is_module(layer)
+        module_type = type(self.modules[self.path]) if is_module else None
+        unique = self._unique(name or self._name(is_module))
         self.steps.append(Step(unique, operation or self.operation, layer, steps, nonnegative, module_type))
         return self.tensor(len(self.steps) - 1, sources[0].memory if isinstance(layer, (Reshape, Slice)) else object())
 
@@ -132,11 +133,9 @@ class Builder:
         called = self.node.op == "call_module" and isinstance(layer, MODULE_LAYERS)
         return called or (isinstance(layer, Linear) and bool(self.path) and layer.weight == f"{self.path}.weight")
 
-    def _name(self, layer: Layer) -> str:
+    def _name(self, is_module: bool) -> str:
         assert self.node is not None
-        if self.node.op == "call_module":
-            return str(self.node.target)
-        if self._is_module(layer):
+        if is_module or self.node.op == "call_module":
             return self.path
         return f"{self.path}.{self.operation}" if self.path else self.operation
 
@@ -163,7 +162,7 @@ class Builder:
         return value
 
 
-def describe(value: Any) -> str:
+def _describe(value: Any) -> str:
     """An operand that is no tensor of the network, in words."""
     if isinstance(value, TracedParameter):
         return f"the parameter {value.path}"

@@ -137,9 +137,8 @@ class BlockMap:
         self.blocks = AverageMap([placed(rows, n) for rows, n in zip(blocks, sizes, strict=True)])
         if all(tile is not None for tile in self.blocks.tiles):
             tiles = tuple(tile or 1 for tile in self.blocks.tiles)
-            pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(tiles) - 1]
-            # On a CPU torch has no three-dimensional one in bfloat16.
-            self.blocks.native = None if len(tiles) == 3 else lambda x: pool(x, tiles)
+            pool = AveragePool(tiles, tiles, (0,) * len(tiles), False, True, None)
+            self.blocks.native = lambda x: pool.forward((x,), {})
         present = torch.ones(1, 1, *sizes, dtype=like.dtype, device=like.device) if live is None else live
         filled = (self.blocks.forward(present) > 0).to(like.dtype)
         self.windows: AverageMap | None = None

@@ -37,7 +37,7 @@ from lrp_fast.kernels.common import SPLITS, Arrival, Denominators, End, interpre
 from lrp_fast.layers import AveragePool, Convolution, MaxPool, Shape
 from lrp_fast.plan import Unit, readers_of
 from lrp_fast.rules import FIXED_PARTS, NEGATIVE, POSITIVE, WHOLE, ZeroGuard
-from lrp_fast.splits import get_split
+from lrp_fast.splits import is_known
 
 Served = Passes | str
 """A unit's passes, or why there are none."""
@@ -251,7 +251,7 @@ def _serve_merge(
     choices: Choices, divides: Callable[[str], bool],
 ) -> Served:  # fmt: skip
     """``divides``: whether the kernel that settles what arrives at the merge, with that epilogue, multiplies a divisor."""
-    if operation.split.name not in SPLITS or get_split(operation.split.name) != operation.split:
+    if operation.split.name not in SPLITS or not is_known(operation.split):
         return f"no kernel knows the split {operation.split.name!r}"
     if any(zeros is not None for zeros in operation.zeros):
         return "a branch is constant in places"
